@@ -1,0 +1,192 @@
+// Draws uniform window starts and gathers episode windows from the memory-mapped columns, without the GIL.
+// pwm_fast/data/sampling.py is the definition: the same rows for the same (seed, stream, step), bit for bit.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "philox.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Column = py::array_t<T, py::array::c_style>;
+
+// Splits [0, count) over `threads` threads; `work(begin, end)` must not throw. Threads are made per call: a pool would
+// not survive a fork, and at ~20 us a thread they are only used for batches that take milliseconds.
+template <typename Work>
+void parallel_for(int64_t count, int threads, int64_t bytes, const Work& work) {
+    constexpr int64_t kBytesPerThread = 1 << 18;
+    const int64_t useful = std::max<int64_t>(1, bytes / kBytesPerThread);
+    const int64_t parts = std::min<int64_t>({static_cast<int64_t>(threads), useful, std::max<int64_t>(1, count)});
+    if (parts <= 1) {
+        work(int64_t{0}, count);
+        return;
+    }
+    std::vector<std::thread> workers;
+    workers.reserve(parts - 1);
+    int64_t started = 1;
+    try {
+        for (; started < parts; ++started) {
+            workers.emplace_back([&work, started, count, parts] {
+                work(count * started / parts, count * (started + 1) / parts);
+            });
+        }
+    } catch (const std::system_error&) {  // no more threads to be had: the caller does what is left
+    }
+    work(int64_t{0}, count / parts);
+    if (started < parts) work(count * started / parts, count);
+    for (auto& worker : workers) worker.join();
+}
+
+// True if every value is finite. Reads what was just written, so it costs arithmetic and no memory traffic; written as
+// an integer reduction because the compiler vectorises it.
+bool all_finite(const float* values, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        largest = std::max(largest, bits & 0x7FFFFFFFu);
+    }
+    return largest < 0x7F800000u;
+}
+
+void lower_to(std::atomic<int64_t>& smallest, int64_t value) {
+    int64_t seen = smallest.load();
+    while (value < seen && !smallest.compare_exchange_weak(seen, value)) {
+    }
+}
+
+constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+template <typename T>
+const T* checked(const Column<T>& array, std::vector<int64_t> shape, const char* name) {
+    bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
+    for (size_t i = 0; same && i < shape.size(); ++i) same = array.shape(i) == shape[i];
+    if (!same) throw std::invalid_argument(std::string(name) + " has the wrong shape");
+    return array.data();
+}
+
+// rows[i] = first row of the window drawn for index i: uniform over all windows of the chosen episodes.
+// cumulative [E+1]: number of windows before each episode; first_row [E]: the row that episode starts at.
+void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const Column<int64_t>& cumulative,
+               const Column<int64_t>& first_row, Column<int64_t>& rows) {
+    require(cumulative.ndim() == 1 && cumulative.size() >= 2, "cumulative must be [E+1] with E >= 1");
+    const int64_t episodes = cumulative.size() - 1;
+    const int64_t* offsets = cumulative.data();
+    const int64_t* first = checked(first_row, {episodes}, "first_row");
+    require(rows.ndim() == 1, "rows must be [B]");
+    require(offsets[0] == 0 && offsets[episodes] >= 1, "cumulative must start at 0 and count at least one window");
+    int64_t* out = rows.mutable_data();
+    const int64_t count = rows.size();
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint64_t bits = pwm_fast::random_bits(seed, stream, step, static_cast<uint32_t>(i));
+        const auto drawn = static_cast<int64_t>(pwm_fast::scale_to(bits, static_cast<uint64_t>(offsets[episodes])));
+        const int64_t episode = std::upper_bound(offsets, offsets + episodes + 1, drawn) - offsets - 1;
+        out[i] = first[episode] + drawn - offsets[episode];
+    }
+}
+
+// out_obs [H+1, B, S], out_action [H, B, A], out_reward [H, B], out_terminated [H, B], out_task [B].
+// Returns the first row that holds a value that is not finite, or -1.
+int64_t gather_windows(const Column<float>& obs, const Column<float>& action, const Column<float>& reward,
+                       const Column<uint8_t>& terminated, const Column<int32_t>& task, const Column<int64_t>& rows,
+                       int64_t horizon, int threads, Column<float>& out_obs, Column<float>& out_action,
+                       Column<float>& out_reward, Column<uint8_t>& out_terminated, Column<int32_t>& out_task) {
+    require(obs.ndim() == 2 && action.ndim() == 2, "obs and action must be [N, S] and [N, A]");
+    require(horizon >= 1, "horizon must be >= 1");
+    require(rows.ndim() == 1, "rows must be [B]");
+    const int64_t num_rows = obs.shape(0), S = obs.shape(1), A = action.shape(1), B = rows.size(), H = horizon;
+    const float* obs_in = obs.data();
+    const float* action_in = checked(action, {num_rows, A}, "action");
+    const float* reward_in = checked(reward, {num_rows}, "reward");
+    const uint8_t* terminated_in = checked(terminated, {num_rows}, "terminated");
+    const int32_t* task_in = checked(task, {num_rows}, "task");
+    checked(out_obs, {H + 1, B, S}, "out obs");
+    checked(out_action, {H, B, A}, "out action");
+    checked(out_reward, {H, B}, "out reward");
+    checked(out_terminated, {H, B}, "out terminated");
+    checked(out_task, {B}, "out task");
+    float* obs_out = out_obs.mutable_data();
+    float* action_out = out_action.mutable_data();
+    float* reward_out = out_reward.mutable_data();
+    uint8_t* terminated_out = out_terminated.mutable_data();
+    int32_t* task_out = out_task.mutable_data();
+    const int64_t* first = rows.data();
+    require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row + H < num_rows; }),
+            "a window lies outside the store");
+
+    py::gil_scoped_release release;
+    std::atomic<int64_t> bad_row{kNone};
+    parallel_for(B, threads, B * (H + 1) * (S + A) * 4, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t row = first[b];
+            bool finite = all_finite(obs_in + row * S, (H + 1) * S) && all_finite(action_in + row * A, H * A) &&
+                          all_finite(reward_in + row, H);
+            for (int64_t h = 0; h <= H; ++h)
+                std::memcpy(obs_out + (h * B + b) * S, obs_in + (row + h) * S, S * sizeof(float));
+            for (int64_t h = 0; h < H; ++h) {
+                std::memcpy(action_out + (h * B + b) * A, action_in + (row + h) * A, A * sizeof(float));
+                reward_out[h * B + b] = reward_in[row + h];
+                terminated_out[h * B + b] = terminated_in[row + h];
+            }
+            task_out[b] = task_in[row];
+            if (!finite) lower_to(bad_row, row);
+        }
+    });
+    return bad_row.load() == kNone ? -1 : bad_row.load();
+}
+
+// out [B, S] = obs[rows]. Returns the first row that holds a value that is not finite, or -1.
+int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int threads, Column<float>& out) {
+    require(obs.ndim() == 2 && rows.ndim() == 1, "obs must be [N, S] and rows [B]");
+    const int64_t num_rows = obs.shape(0), S = obs.shape(1), B = rows.size();
+    checked(out, {B, S}, "out");
+    const float* in = obs.data();
+    float* to = out.mutable_data();
+    const int64_t* first = rows.data();
+    require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows; }),
+            "a row lies outside the store");
+
+    py::gil_scoped_release release;
+    std::atomic<int64_t> bad_row{kNone};
+    parallel_for(B, threads, B * S * 4, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+            std::memcpy(to + b * S, in + first[b] * S, S * sizeof(float));
+            if (!all_finite(to + b * S, S)) lower_to(bad_row, first[b]);
+        }
+    });
+    return bad_row.load() == kNone ? -1 : bad_row.load();
+}
+
+}  // namespace
+
+void register_sampling(py::module_& module) {
+    module.def("draw_rows", &draw_rows, py::arg("seed"), py::arg("stream"), py::arg("step"),
+               py::arg("cumulative").noconvert(), py::arg("first_row").noconvert(), py::arg("rows").noconvert(),
+               "Fills rows [B] with uniform window starts (Philox4x32-10, counter = (index, stream, step)).");
+    module.def("gather_windows", &gather_windows, py::arg("obs").noconvert(), py::arg("action").noconvert(),
+               py::arg("reward").noconvert(), py::arg("terminated").noconvert(), py::arg("task").noconvert(),
+               py::arg("rows").noconvert(), py::arg("horizon"), py::arg("threads"), py::arg("out_obs").noconvert(),
+               py::arg("out_action").noconvert(), py::arg("out_reward").noconvert(),
+               py::arg("out_terminated").noconvert(), py::arg("out_task").noconvert(),
+               "Copies windows of `horizon` transitions, time first. Returns the first row with NaN or inf, or -1.");
+    module.def("gather_rows", &gather_rows, py::arg("obs").noconvert(), py::arg("rows").noconvert(),
+               py::arg("threads"), py::arg("out").noconvert(),
+               "out [B, S] = obs[rows]. Returns the first row with NaN or inf, or -1.");
+}
