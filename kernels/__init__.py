@@ -1,2 +1,4 @@
-"""Fused operations, one file per op: the plain-torch definition first, then the faster backends tested against it.
-Installed as `pwm_fast.kernels`."""
+"""One file per op: its plain-torch definition, explicit forward and backward functions, and the choice of backend.
+
+Rows come grouped, x [G, R, N]: G = 1 for the shared world model, P for actors, P * K for critics.
+"""

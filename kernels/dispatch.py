@@ -1,0 +1,40 @@
+"""Decides per call whether the native kernels take it: float32 on the CPU goes native, everything else is torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pwm_fast import backend
+
+
+def native_for(choice: str | None, *tensors: Tensor) -> Any | None:
+    """The native module if it should run an op on `tensors`, else None (torch runs it).
+
+    `choice`: "native", "torch" or None for the automatic choice (`pwm_fast.backend.resolve`).
+    Raises RuntimeError where "native" is asked for and the module is missing, TypeError where it cannot take these
+    tensors.
+    """
+    if backend.resolve(choice) != "native" or not hasattr(backend.native, "td_lambda"):
+        return None
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+            if choice == "native":
+                raise TypeError(f"native kernels take float32 on cpu, got {tensor.dtype} on {tensor.device}")
+            return None
+    return backend.native
+
+
+def check_rows(x: Tensor, w: Tensor, b: Tensor) -> tuple[int, int, int]:
+    """(G, R, N) of grouped rows x [G, R, N] with w and b [G, N]; raises ValueError on other shapes."""
+    if x.dim() != 3:
+        raise ValueError(f"x must be grouped rows [G, R, N], got shape {tuple(x.shape)}")
+    groups, rows, columns = x.shape
+    for name, value in (("weight", w), ("bias", b)):
+        if value.shape != (groups, columns):
+            raise ValueError(
+                f"{name} must have shape {(groups, columns)} for x {tuple(x.shape)}, got {tuple(value.shape)}"
+            )
+    return groups, rows, columns

@@ -1,0 +1,131 @@
+"""y = simnorm(layernorm(x) * w + b): the last layer of the world model's encoder and dynamics.
+
+SimNorm (Lavoie et al. 2022) is a softmax within each group of 8 neighbouring columns: latents are points on simplices.
+Rows x [G, R, N], w and b [G, N]. `layernorm_simnorm` is the definition; `forward` and `backward` are the explicit pair
+that extraction calls; `apply` is their autograd front.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pwm_fast.kernels.dispatch import check_rows, native_for
+from pwm_fast.kernels.layernorm import layernorm, normalise, normalise_backward, renormalise
+
+
+def simnorm(x: Tensor, group: int = 8) -> Tensor:
+    """Softmax within each group of `group` neighbouring columns; raises ValueError if they do not divide the row."""
+    if group < 1 or x.shape[-1] % group:
+        raise ValueError(f"rows must be a multiple of the simnorm group {group}, got {x.shape[-1]} columns")
+    return torch.softmax(x.unflatten(-1, (-1, group)), -1).flatten(-2)
+
+
+def layernorm_simnorm(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5) -> Tensor:
+    """The definition."""
+    return simnorm(layernorm(x, w, b, eps), group)
+
+
+def forward_torch(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` in plain torch."""
+    normalised, mean, rstd = normalise(x, eps)
+    return simnorm(torch.addcmul(b[:, None], normalised, w[:, None]), group), mean, rstd
+
+
+def backward_torch(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    b: Tensor,
+    need_weight_grad: bool = True,
+    group: int = 8,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`backward` in plain torch."""
+    normalised = renormalise(x, mean, rstd)
+    weighted = dy * y
+    mean_gradient = weighted.unflatten(-1, (-1, group)).sum(-1, keepdim=True).expand(-1, -1, -1, group).flatten(-2)
+    du = weighted - y * mean_gradient
+    dx = normalise_backward(du * w[:, None], normalised, rstd)
+    if not need_weight_grad:
+        return dx, None, None
+    return dx, (du * normalised).sum(1), du.sum(1)
+
+
+@torch.no_grad()
+def forward(
+    x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [G, R, N], and the mean and reciprocal standard deviation [G, R] that `backward` needs. No autograd graph.
+
+    The native version knows groups of 8 only; others run in torch.
+    """
+    groups, rows, columns = check_rows(x, w, b)
+    native = native_for(backend, x, w, b)
+    if native is None or group != 8 or columns % 8:
+        return forward_torch(x, w, b, group, eps)
+    x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
+    y, mean, rstd = torch.empty_like(x), x.new_empty(groups, rows), x.new_empty(groups, rows)
+    native.layernorm_simnorm_forward(
+        *(t.data_ptr() for t in (x, w, b, y, mean, rstd)), groups, rows, columns, eps, torch.get_num_threads()
+    )
+    return y, mean, rstd
+
+
+@torch.no_grad()
+def backward(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    b: Tensor,
+    need_weight_grad: bool = True,
+    group: int = 8,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx [G, R, N]; dw and db [G, N], or None where `need_weight_grad` is off (frozen weights). y is forward's."""
+    groups, rows, columns = check_rows(x, w, b)
+    native = native_for(backend, dy, y, x, mean, rstd, w, b)
+    if native is None or group != 8 or columns % 8:
+        return backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
+    dy, y, x, mean, rstd, w = (t.contiguous() for t in (dy, y, x, mean, rstd, w))
+    dx = torch.empty_like(x)
+    dw, db = (torch.empty_like(w), torch.empty_like(w)) if need_weight_grad else (None, None)
+    native.layernorm_simnorm_backward(
+        *(t.data_ptr() for t in (dy, y, x, mean, rstd, w, dx)),
+        0 if dw is None else dw.data_ptr(),
+        0 if db is None else db.data_ptr(),
+        groups,
+        rows,
+        columns,
+        torch.get_num_threads(),
+    )
+    return dx, dw, db
+
+
+class _LayerNormSimNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, group: int, eps: float) -> Tensor:
+        y, mean, rstd = forward(x, w, b, group, eps)
+        ctx.save_for_backward(y, x, mean, rstd, w, b)
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        y, x, mean, rstd, w, b = ctx.saved_tensors
+        return (*backward(dy, y, x, mean, rstd, w, b, weight_grad, ctx.group), None, None)
+
+
+def apply(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5) -> Tensor:
+    """`layernorm_simnorm` under autograd."""
+    return _LayerNormSimNorm.apply(x, w, b, group, eps)
