@@ -10,6 +10,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -49,7 +50,7 @@ void parallel_for(int64_t count, int threads, int64_t bytes, const Work& work) {
     for (auto& worker : workers) worker.join();
 }
 
-// True if every value is finite. Reads what was just written, so it costs arithmetic and no memory traffic; written as
+// True if every value is finite. The rows are copied right after, so it costs arithmetic, not memory traffic; written as
 // an integer reduction because the compiler vectorises it.
 bool all_finite(const float* values, int64_t count) {
     uint32_t largest = 0;

@@ -1,0 +1,169 @@
+"""Windows and start states drawn uniformly from an episode store.
+
+A batch is a function of (seed, step) alone: the random numbers are counter-based (Philox4x32-10), so the C++ sampler,
+the numpy one and any number of threads give the same bits. The C++ sampler works without Python's lock.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pwm_fast import backend as backends
+from pwm_fast.data.layout import StoreError
+from pwm_fast.data.philox import random_bits, scale_to
+from pwm_fast.data.store import EpisodeStore
+
+WINDOW_STREAM, START_STREAM = 0, 1
+
+
+class _Draw:
+    """Uniform choice among `counts[e]` consecutive rows of each chosen episode e."""
+
+    def __init__(self, first_row: np.ndarray, counts: np.ndarray) -> None:
+        used = counts > 0
+        self.first_row = np.ascontiguousarray(first_row[used])  # [E]
+        self.cumulative = np.concatenate(([0], np.cumsum(counts[used]))).astype(np.int64)  # [E+1]
+        self.total = int(self.cumulative[-1])
+
+    def rows(self, seed: int, stream: int, step: int, count: int, native: Any) -> np.ndarray:
+        """Drawn rows, int64 [count]."""
+        if native is not None:
+            rows = np.empty(count, np.int64)
+            native.draw_rows(seed, stream, step, self.cumulative, self.first_row, rows)
+            return rows
+        drawn = scale_to(random_bits(seed, stream, step, count), self.total)
+        episode = np.searchsorted(self.cumulative, drawn, side="right") - 1
+        return self.first_row[episode] + drawn - self.cumulative[episode]
+
+
+class WindowSampler:
+    """Batches of windows of `horizon` transitions, and of start states, from all or some episodes of a store.
+
+    Windows never cross an episode's end: an episode of T transitions gives T - horizon + 1 windows (none if it is
+    shorter), T start states (every row but its last), and each is equally likely. `threads` is how many threads gather
+    one batch; `backend` is "native", "torch" (numpy here) or None for the best (`pwm_fast.backend`).
+
+    Raises StoreError if no chosen episode is long enough, or when a drawn window holds NaN or infinity; ValueError for
+    horizon < 1, threads < 1 or a negative seed.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        horizon: int,
+        episodes: Sequence[int] | np.ndarray | None = None,
+        seed: int = 0,
+        threads: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        for name, value, least in (("horizon", horizon, 1), ("threads", threads, 1), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if seed >= 2**64:
+            raise ValueError(f"seed must be < 2^64, got {seed}")
+        self.store, self.horizon, self.seed, self.threads = store, int(horizon), int(seed), int(threads)
+        self._native = backends.native if backends.resolve(backend) == "native" else None
+        ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes, np.int64).reshape(-1)
+        if len(ids) == 0:
+            raise StoreError("a sampler needs at least one episode, got none")
+        if ids.min() < 0 or ids.max() >= store.num_episodes:
+            bad = ids[(ids < 0) | (ids >= store.num_episodes)][0]
+            raise StoreError(f"episode ids must be in [0, {store.num_episodes}), got {bad}")
+        first, lengths = store.episode_start[ids], store.lengths[ids]
+        if lengths.max() < horizon:
+            raise StoreError(
+                f"no window of horizon {horizon} fits: the longest of the {len(ids)} episodes has {lengths.max()} "
+                "transitions; choose a shorter horizon or add longer episodes"
+            )
+        self._windows = _Draw(first, np.maximum(lengths - horizon + 1, 0))
+        self._starts = _Draw(first, lengths)
+        # Little-endian columns are the machine's own type wherever the native module runs.
+        self._columns = {name: getattr(store, name) for name in ("obs", "action", "reward", "terminated", "task")}
+
+    @property
+    def num_windows(self) -> int:
+        """How many different windows there are."""
+        return self._windows.total
+
+    @property
+    def num_start_states(self) -> int:
+        """How many different start states there are."""
+        return self._starts.total
+
+    def windows(self, step: int, batch: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Batch number `step`, time first: obs [H+1, B, S], action [H, B, A], reward [H, B], terminated [H, B] (uint8),
+        task [B] (int32); float32 otherwise. Fills and returns `out` if given (C-contiguous arrays of these shapes).
+        """
+        self._check(step, batch)
+        H, S, A = self.horizon, self.store.obs_dim, self.store.action_dim
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "obs": ((H + 1, batch, S), np.float32),
+            "action": ((H, batch, A), np.float32),
+            "reward": ((H, batch), np.float32),
+            "terminated": ((H, batch), np.uint8),
+            "task": ((batch,), np.int32),
+        }
+        if out is None:
+            out = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        for name, (shape, dtype) in shapes.items():
+            if name not in out:
+                raise ValueError(f"out lacks {name!r}")
+            _check_out(name, out[name], shape, dtype)
+        rows = self._windows.rows(self.seed, WINDOW_STREAM, step, batch, self._native)
+        source = self._columns
+        if self._native is not None:
+            bad = self._native.gather_windows(*source.values(), rows, H, self.threads, *(out[name] for name in shapes))
+        else:
+            index = rows + np.arange(H + 1)[:, None]  # [H+1, B]
+            np.take(source["obs"], index, axis=0, out=out["obs"])
+            for name in ("action", "reward", "terminated"):
+                np.take(source[name], index[:H], axis=0, out=out[name])
+            np.take(source["task"], rows, out=out["task"])
+            finite = np.isfinite(out["obs"]).all(axis=(0, 2)) & np.isfinite(out["action"]).all(axis=(0, 2))
+            finite &= np.isfinite(out["reward"]).all(axis=0)
+            bad = -1 if finite.all() else int(rows[~finite].min())
+        if bad >= 0:
+            self._refuse(bad, {"obs": H + 1, "action": H, "reward": H})
+        return out
+
+    def start_states(self, step: int, batch: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Observations [B, S] float32 of batch number `step`; fills and returns `out` if given."""
+        self._check(step, batch)
+        shape = (batch, self.store.obs_dim)
+        if out is None:
+            out = np.empty(shape, np.float32)
+        _check_out("obs", out, shape, np.float32)
+        rows = self._starts.rows(self.seed, START_STREAM, step, batch, self._native)
+        if self._native is not None:
+            bad = self._native.gather_rows(self._columns["obs"], rows, self.threads, out)
+        else:
+            np.take(self._columns["obs"], rows, axis=0, out=out)
+            finite = np.isfinite(out).all(axis=1)
+            bad = -1 if finite.all() else int(rows[~finite].min())
+        if bad >= 0:
+            self._refuse(bad, {"obs": 1})
+        return out
+
+    def _check(self, step: int, batch: int) -> None:
+        if step < 0 or batch < 1:
+            raise ValueError(f"step must be >= 0 and batch >= 1, got step {step} and batch {batch}")
+
+    def _refuse(self, row: int, lengths: dict[str, int]) -> None:
+        """Names the first bad value of the window that starts at `row`."""
+        for name, length in lengths.items():
+            finite = np.isfinite(self._columns[name][row : row + length]).reshape(length, -1).all(axis=1)
+            if not finite.all():
+                where = row + int(np.argmin(finite))
+                episode = int(np.searchsorted(self.store.episode_start, where, side="right")) - 1
+                raise StoreError(
+                    f"episode store {self.store.path} holds NaN or infinity: {name}, row {where} (episode {episode})"
+                )
+
+
+def _check_out(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:
+    if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous or not array.flags.writeable:
+        raise ValueError(
+            f"out {name!r} must be a writeable C-contiguous array {list(shape)} of {np.dtype(dtype).name}, "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
