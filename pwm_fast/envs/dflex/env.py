@@ -1,0 +1,190 @@
+"""A batch of environments of one task, differentiable in torch from state and action to observation and reward."""
+
+import torch
+from torch import Tensor
+
+from pwm_fast.envs.dflex.model import load_model
+from pwm_fast.envs.dflex.simulator import Simulator
+from pwm_fast.envs.dflex.tasks import DflexTask, get_task
+
+LARGEST_STATE = 1e6  # beyond this the state counts as broken and the episode ends
+
+
+def _finite_gradient(x: Tensor) -> Tensor:
+    """x, with NaN and infinite entries of its gradient replaced by 0 (friction's direction has unbounded derivatives)."""
+    if x.requires_grad:
+        x = x.view_as(x)  # a hook on the caller's own tensor would outlive this step
+        x.register_hook(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0))
+    return x
+
+
+class DifferentiableEnv:
+    """``num_envs`` copies of a task.
+
+    ``step(action)`` clips action [N, A] to [-1, 1], simulates 1/60 s and returns ``obs [N, S], reward [N], terminated [N],
+    truncated [N], info``. The reward is that of the observation before the step. Finished environments (fallen, or 1000 steps
+    old) are reset at once: ``obs`` then is the first of the next episode and ``info["final_obs"]`` the last of the old one.
+    A state that stops being finite (or exceeds 1e6) ends its episode as terminated; its ``final_obs`` repeats the last sane one.
+
+    Gradients flow when grad mode is on and the action or the state requires them; ``initialize_trajectory()`` keeps the state
+    and cuts the graph. Otherwise nothing is saved for backward.
+
+    ``action_in_obs``: whether the observation's last entries show the action just applied (Ant, Humanoid, ANYmal).
+    None reproduces dflex: shown only where no graph is recorded, else 0. Pass True to get the same observations either way.
+    ``recentre``: simulate relative to each robot's own place; the same dynamics, but float32 keeps its digits far from the origin.
+    """
+
+    def __init__(
+        self,
+        task: str | DflexTask,
+        num_envs: int,
+        device: str = "cpu",
+        seed: int = 0,
+        early_termination: bool = True,
+        threads: int | None = None,
+        *,
+        stochastic_reset: bool = True,
+        action_in_obs: bool | None = None,
+        recentre: bool = True,
+    ):
+        self.task = get_task(task)
+        self.model = load_model(self.task.model)
+        self.device = torch.device(device)
+        self.simulator = Simulator(self.model, num_envs, self.task.substeps, self.task.refresh, threads)
+        self.num_envs, self.obs_dim, self.action_dim = num_envs, self.task.obs_dim, self.task.action_dim
+        self.episode_length = self.task.episode_length
+        self.early_termination, self.stochastic_reset = early_termination, stochastic_reset
+        self.action_in_obs, self.recentre = action_in_obs, recentre
+        self.generator = torch.Generator().manual_seed(seed)
+        self._start_q = torch.from_numpy(self.model.start_q)
+        self._torque = torch.tensor(self.task.torque, dtype=torch.float32)
+        self._tension = torch.from_numpy(self.model.tension)
+        self.reset()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> Tensor:
+        """Start new episodes everywhere; obs [N, S]."""
+        self._place(*self._start_states(self.num_envs))
+        return self.obs
+
+    def set_state(self, joint_q: Tensor, joint_qd: Tensor) -> Tensor:
+        """Put the robots at joint_q [N, nq], joint_qd [N, nqd] at the start of an episode (last action 0); obs [N, S]."""
+        expected = {"joint_q": (self.num_envs, self.model.nq), "joint_qd": (self.num_envs, self.model.nqd)}
+        for (name, shape), value in zip(expected.items(), (joint_q, joint_qd)):
+            if tuple(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name} holds non-finite numbers")
+        self._place(joint_q.float().clone(), joint_qd.float().clone())
+        return self.obs
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """(joint_q [N, nq], joint_qd [N, nqd]), connected to the graph if one is being recorded."""
+        return self.q, self.qd
+
+    def initialize_trajectory(self) -> Tensor:
+        """Keep the state, cut the graph; obs [N, S]."""
+        self.q, self.qd, self.action = self.q.detach(), self.qd.detach(), self.action.detach()
+        self.obs = self._observe(recording=torch.is_grad_enabled())
+        return self.obs
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a later exact continuation needs, random numbers included."""
+        kept = {name: getattr(self, name).detach().clone() for name in ("q", "qd", "action", "progress", "obs")}
+        return {**kept, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue exactly where state_dict() was taken. Raises ValueError if it belongs to another task or batch size."""
+        for name in ("q", "qd", "action", "progress", "obs"):
+            expected, got = tuple(getattr(self, name).shape), tuple(state[name].shape)
+            if expected != got:
+                raise ValueError(f"saved '{name}' has shape {got}, but {self.task.name} x {self.num_envs} needs {expected}")
+        for name in ("q", "qd", "action", "progress", "obs"):
+            setattr(self, name, state[name].detach().clone())
+        self.generator.set_state(state["generator"])
+
+    def _start_states(self, n: int) -> tuple[Tensor, Tensor]:
+        return self.task.start_state(self._start_q, self.model.nqd, n, self.generator if self.stochastic_reset else None)
+
+    def _place(self, q: Tensor, qd: Tensor) -> None:
+        self.q, self.qd = q, qd
+        self.progress = torch.zeros(self.num_envs, dtype=torch.long)
+        self.action = torch.zeros(self.num_envs, self.action_dim)
+        self.obs = self._observe(recording=False)
+
+    # -- stepping ------------------------------------------------------------------------------------------------------
+
+    def step(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """One control step; see the class. Raises ValueError for a wrong shape or non-finite actions."""
+        if tuple(action.shape) != (self.num_envs, self.action_dim):
+            raise ValueError(f"action must have shape {(self.num_envs, self.action_dim)}, got {tuple(action.shape)}")
+        bad = ~torch.isfinite(action.detach()).all(-1)
+        if bad.any():
+            raise ValueError(f"action is not finite in environments {bad.nonzero()[:, 0].tolist()[:8]}")
+        action = action.float().clip(-1.0, 1.0)
+        q, qd = self.q, self.qd
+        recording = torch.is_grad_enabled() and (q.requires_grad or qd.requires_grad or action.requires_grad)
+        if recording:
+            q, qd, action = _finite_gradient(q), _finite_gradient(qd), _finite_gradient(action)
+        reward = self.task.reward(self.obs, action)
+        sane_obs = self.obs.detach()
+        self.q, self.qd = self._simulate(q, qd, action)
+        self.action = action
+        self.progress = self.progress + 1
+        self.obs = final_obs = self._observe(recording)
+        with torch.no_grad():
+            broken = self._broken()
+            terminated = (self.task.terminated(final_obs) | broken) if self.early_termination else broken
+            truncated = self.progress > self.episode_length - 1
+            done = terminated | truncated
+            any_done, any_broken = bool(done.any()), bool(broken.any())
+        if any_broken:
+            final_obs = torch.where(broken[:, None], sane_obs, final_obs)
+        if any_done:
+            self._restart(done, recording)
+        return self.obs, reward, terminated, truncated, {"final_obs": final_obs}
+
+    def _drive(self, action: Tensor) -> dict[str, Tensor]:
+        """Motor torques [N, nqd] or muscle tensions [N, M] of an action."""
+        if len(self._tension):
+            return {"tension": action * self._tension}
+        return {"motor": torch.nn.functional.pad(action * self._torque, (self.model.nqd - self.action_dim, 0))}
+
+    def _simulate(self, q: Tensor, qd: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        drive = self._drive(action)
+        if not self.recentre:
+            return self.simulator.step(q, qd, **drive)
+        origin = torch.zeros(self.num_envs, 3)
+        if not self.model.has_free_root:  # Hopper: a slide along x
+            shift = torch.nn.functional.pad(q.detach()[:, :1], (0, self.model.nq - 1))
+            q1, qd1 = self.simulator.step(q - shift, qd, **drive)
+            return q1 + shift, qd1
+        # not right after a reset: with SNU's unnormalised quaternions the dynamics depend on the origin
+        origin[:, 0::2] = q.detach()[:, 0:3:2] * (self.progress > 0)[:, None]
+        shift = torch.nn.functional.pad(origin, (0, self.model.nq - 3))
+
+        def arm(rates):  # the twist's linear part changes by omega x origin
+            return torch.nn.functional.pad(torch.linalg.cross(rates[:, :3], origin), (3, self.model.nqd - 6))
+
+        q1, qd1 = self.simulator.step(q - shift, qd + arm(qd), **drive)
+        return q1 + shift, qd1 - arm(qd1)
+
+    def _observe(self, recording: bool) -> Tensor:
+        shown = self.action_in_obs if self.action_in_obs is not None else not recording
+        return self.task.observe(self.q, self.qd, self.action if shown else torch.zeros_like(self.action))
+
+    def _broken(self) -> Tensor:
+        """bool [N]: the state is no longer finite, or beyond all reason."""
+        largest = torch.maximum(self.q.detach().abs().amax(-1), self.qd.detach().abs().amax(-1))
+        return ~(largest <= LARGEST_STATE)  # NaN fails every comparison
+
+    def _restart(self, done: Tensor, recording: bool) -> None:
+        rows = done.nonzero()[:, 0]
+        q0, qd0 = self._start_states(len(rows))
+        mask = done[:, None]
+        self.q = torch.where(mask, self.q.detach().index_copy(0, rows, q0), self.q)
+        self.qd = torch.where(mask, self.qd.detach().index_copy(0, rows, qd0), self.qd)
+        self.action = torch.where(mask, 0.0, self.action)
+        self.progress = torch.where(done, 0, self.progress)
+        self.obs = self._observe(recording)
