@@ -129,7 +129,7 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     uint8_t* terminated_out = out_terminated.mutable_data();
     int32_t* task_out = out_task.mutable_data();
     const int64_t* first = rows.data();
-    require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row + H < num_rows; }),
+    require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows - H; }),
             "a window lies outside the store");
 
     py::gil_scoped_release release;
