@@ -1,0 +1,326 @@
+"""Policy extraction: P policies at once, by first-order gradients through a frozen world model (PWM, Algorithm 1).
+
+One step is: imagine, update the actors, update the critics. Everything is a tensor on one device; a step reads nothing
+back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pwm_fast.kernels import td_lambda
+from pwm_fast.learning import noise as counter_noise
+from pwm_fast.learning.imagination import Imagination, Rollout
+from pwm_fast.learning.optim import Adam, linear_schedule
+from pwm_fast.learning.returns import ReturnStatistics, imagined_return
+from pwm_fast.models.critic import Critic
+from pwm_fast.models.matmul import fast_matmul
+from pwm_fast.models.policy import FORMAT, Actor, Policy
+from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """What one extraction computes. Defaults are the paper's; `PRESETS` has the published code's too."""
+
+    horizon: int = 16
+    batch_size: int = 64
+    gamma: float = 0.99
+    td_lambda: float = 0.95
+    terminal_discount_offset: int = 0  # V(z_H) is weighted gamma^(horizon + offset): paper 0, published code 1
+    terminations: bool = False  # discount by the world model's termination head (not in the paper)
+    return_normalisation: bool = True
+    detach_actor_input: bool = True
+    min_log_std: float = -1.427
+    actor_units: tuple[int, ...] = (400, 200, 100)
+    actor_lr: float = 5e-4
+    actor_max_norm: float = 1.0
+    critic_units: tuple[int, ...] = (400, 200)
+    num_critics: int = 3
+    critic_lr: float = 5e-4
+    critic_max_norm: float = 100.0
+    critic_epochs: int = 8
+    critic_minibatches: int = 4
+    shuffle: bool = True  # False: fixed contiguous blocks, time-major
+    final_lr: float = 1e-5
+    betas: tuple[float, float] = (0.7, 0.95)
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "batch_size", "num_critics", "critic_epochs", "critic_minibatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("gamma", "td_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("actor_lr", "critic_lr", "final_lr", "actor_max_norm", "critic_max_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.horizon * self.batch_size < self.critic_minibatches:
+            raise ValueError(
+                f"critic_minibatches must be <= horizon * batch_size = {self.horizon * self.batch_size}, "
+                f"got {self.critic_minibatches}"
+            )
+
+
+PRESETS = {
+    "paper": ExtractionConfig(),
+    "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
+}
+
+
+def preset(name: str) -> ExtractionConfig:
+    """A named configuration; raises ValueError that lists the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+class Extraction:
+    """P actors and P x K critics on one frozen world model.
+
+    `task_ids` [P] are the world model's task indices (None: it has no embedding); `seeds` [P] determine everything a
+    policy draws (initial weights, noise, minibatch order), whoever shares the batch. `tasks` [P] are names for files.
+    A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        config: ExtractionConfig = PRESETS["paper"],
+        task_ids: Sequence[int] | Tensor | None = None,
+        seeds: Sequence[int] = (0,),
+        total_steps: int = 10_000,
+        tasks: Sequence[str] | None = None,
+    ):
+        self.config = config
+        self.seeds = [int(seed) for seed in seeds]
+        self.policies_count = len(self.seeds)
+        self.tasks = list(tasks) if tasks is not None else ["unknown"] * len(self.seeds)
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"seeds must be one integer >= 0 per policy, got {self.seeds}")
+        if len(self.tasks) != len(self.seeds):
+            raise ValueError(f"tasks must name {len(self.seeds)} policies, got {len(self.tasks)}")
+        self._task_ids = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.int64)
+        if self._task_ids is not None and self._task_ids.shape != (len(self.seeds),):
+            raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self._task_ids.shape)}")
+        self.set_world_model(world_model)
+        self.set_total_steps(total_steps)
+        like = self.imagination.encoder.layers[0].weight
+        self._dtype, self._device = like.dtype, like.device
+        c, w = config, world_model.config
+        options = {"dtype": like.dtype, "device": like.device}
+        self.actor = Actor(self.seeds, w.latent_dim, w.action_dim, c.actor_units, **options)
+        self.critic = Critic(self.seeds, w.latent_dim, c.num_critics, c.critic_units, **options)
+        self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)
+        self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
+        self.return_statistics = ReturnStatistics(len(self.seeds), **options)
+        self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
+        self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
+        self._seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
+
+    def set_world_model(self, world_model: WorldModel) -> None:
+        """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay."""
+        frozen = world_model.frozen(self._task_ids)
+        if hasattr(self, "world_config") and self.world_config != world_model.config:
+            raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
+        self.world_config = world_model.config
+        self._frozen: FrozenWorldModel = frozen
+        self.imagination = Imagination(frozen, self.config.terminations)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Length of the learning-rate schedule in steps, counted from the first."""
+        if total_steps < 1:
+            raise ValueError(f"steps must be >= 1, got {total_steps}")
+        self.total_steps = total_steps
+
+    @torch.no_grad()
+    def step(self, start_obs: Tensor | np.ndarray, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """One gradient step of all policies from raw observations [P, B, S]; returns metrics [P] on the device.
+
+        `noise` [P, H, B, A] replaces the counter-based action noise (for comparisons).
+        """
+        c = self.config
+        obs = torch.as_tensor(start_obs).to(self._device, self._dtype)
+        expected = (self.policies_count, c.batch_size, self.world_config.obs_dim)
+        if tuple(obs.shape) != expected:
+            raise ValueError(f"start observations must be [P, B, S] = {expected}, got {tuple(obs.shape)}")
+        if noise is None:
+            shape = (c.horizon, c.batch_size, self.world_config.action_dim)
+            noise = counter_noise.normal(self._seeds, self.iteration, counter_noise.ACTION_NOISE, shape, self._dtype)
+        with fast_matmul(self._dtype, self._device):
+            self.actor.clamp_log_std(c.min_log_std)
+            rollout = self.imagination.rollout(self.actor, obs, noise)
+            metrics, next_values = self.update_actor(rollout)
+            metrics |= self.update_critic(rollout, self.targets(rollout, next_values))
+        self.iteration += 1
+        return metrics
+
+    def _learning_rate(self, start: float) -> Tensor:
+        rate = linear_schedule(self.iteration, start, self.config.final_lr, self.total_steps)
+        return rate.to(self._dtype).expand(self.policies_count)
+
+    def update_actor(self, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
+        """Ascend the imagined return. Returns metrics and min_k V(z_{h+1}) [H, P, B]."""
+        c = self.config
+        horizon, policies, batch = rollout.reward.shape
+        all_values, saved = self.critic.forward(rollout.latents[:, 1:].reshape(policies, horizon * batch, -1))
+        values, chosen = all_values.min(1)  # [P, H * B]
+        next_values = values.view(policies, horizon, batch).transpose(0, 1)
+        returns = imagined_return(
+            rollout.reward, rollout.continues, next_values[-1], c.gamma, c.terminal_discount_offset
+        )
+        active = ~self.diverged & torch.isfinite(returns.value).all(1)
+        if c.return_normalisation:
+            self.return_statistics.update(-returns.value, active)
+            divisor = self.return_statistics.scale()
+        else:
+            divisor = torch.full_like(returns.value[:, 0], horizon)
+        loss = -returns.value.mean(1) / divisor
+        weight = (-1 / (batch * divisor))[:, None]  # dL / d return, [P, 1]
+
+        last_rows = slice((horizon - 1) * batch, horizon * batch)
+        d_values = torch.zeros_like(all_values[:, :, last_rows])
+        d_values.scatter_(1, chosen[:, None, last_rows], (weight * returns.d_last)[:, None])
+        d_last = self.critic.input_gradient(d_values, saved.rows(last_rows.start, last_rows.stop))
+        self.imagination.backward(
+            self.actor,
+            rollout,
+            weight * returns.d_reward,
+            None if returns.d_continues is None else weight * returns.d_continues,
+            d_last,
+            c.detach_actor_input,
+        )
+        norm = self.actor_adam.step(self._learning_rate(c.actor_lr), c.actor_max_norm, active)
+        self.diverged |= ~(active & torch.isfinite(norm))
+        metrics = {
+            "actor_loss": loss,
+            "actor_grad_norm": norm,
+            "imagined_return": returns.value.mean(1),
+            "imagined_reward": rollout.reward.mean((0, 2)),
+            "value": values.mean(1),
+            "action_std": self.actor.parameters["log_std"].exp().mean(1),
+        }
+        if rollout.continues is not None:
+            metrics["survival"] = rollout.continues.prod(0).mean(1)
+        return metrics, next_values
+
+    def targets(self, rollout: Rollout, next_values: Tensor) -> Tensor:
+        """TD(lambda) targets [H, P, B] of z_0 .. z_{H-1} (PWM Eq. 7-9), from the values before any update."""
+        c = self.config
+        return td_lambda.returns(rollout.reward, next_values, rollout.continues, c.gamma, c.td_lambda)
+
+    def update_critic(self, rollout: Rollout, targets: Tensor) -> dict[str, Tensor]:
+        """Epochs of minibatch regression of all critics on targets [H, P, B]. Returns metrics."""
+        c = self.config
+        horizon, policies, batch = rollout.reward.shape
+        rows = horizon * batch
+        x = rollout.latents[:, :horizon].reshape(policies * rows, -1)
+        y = targets.transpose(0, 1).reshape(policies * rows)  # time-major within a policy
+        lr = self._learning_rate(c.critic_lr)
+        active = ~self.diverged
+        total = torch.zeros_like(lr)
+        for order in self._minibatch_orders(rows):
+            for index in order.tensor_split(c.critic_minibatches, 1):
+                count = index.shape[1]
+                pick = index.reshape(-1)
+                latents, target = x[pick].view(policies, count, -1), y[pick].view(policies, 1, count)
+                values, saved = self.critic.forward(latents)
+                error = values - target
+                total = total + error.square().mean((1, 2))
+                self.critic.backward(error.mul_(2 / (c.num_critics * count)), saved)
+                norm = self.critic_adam.step(lr, c.critic_max_norm, active)
+                active = active & torch.isfinite(norm)
+        self.diverged |= ~active
+        return {
+            "critic_loss": total / (c.critic_epochs * c.critic_minibatches),
+            "critic_grad_norm": norm,
+            "target": targets.mean((0, 2)),
+        }
+
+    def _minibatch_orders(self, rows: int) -> list[Tensor]:
+        """Row numbers [P, rows] of the flattened batch, one order per epoch."""
+        c = self.config
+        offset = torch.arange(self.policies_count, device=self._device)[:, None] * rows
+        if c.shuffle:
+            orders = counter_noise.permutations(
+                self._seeds, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
+            )
+            return list((orders + offset[:, None]).unbind(1))
+        return [torch.arange(rows, device=self._device) + offset] * c.critic_epochs
+
+    def policies(self) -> list[Policy]:
+        """The policies as they are now, independent copies."""
+        out = []
+        for i, task in enumerate(self.tasks):
+            layers = [
+                FrozenLayer(s.weight, s.bias[i if len(s.bias) > 1 else 0][None], s.activation, s.ln_weight, s.ln_bias)
+                for s in self._frozen.encoder
+            ]
+            actor = Actor([0], self.world_config.latent_dim, self.world_config.action_dim, self.config.actor_units,
+                          self._dtype, self._device)  # fmt: skip
+            actor.parameters.load(0, self.actor.parameters.tensors(i))
+            out.append(Policy(layers, actor, self._describe(i, task)))
+        return out
+
+    def _describe(self, policy: int, task: str) -> dict[str, Any]:
+        w = self.world_config
+        return {
+            "format": FORMAT,
+            "task": task,
+            "seed": self.seeds[policy],
+            "obs_dim": w.obs_dim,
+            "action_dim": w.action_dim,
+            "latent_dim": w.latent_dim,
+            "encoder_units": [s.weight.shape[0] for s in self._frozen.encoder[:-1]],
+            "actor_units": list(self.config.actor_units),
+            "simnorm_dim": w.simnorm_dim,
+            "architecture": "encoder: Linear-LayerNorm-Mish, last Linear-LayerNorm-SimNorm; "
+            "actor: Linear-Mish-LayerNorm, last Linear, tanh",
+            "normalisation": "observations are raw; their mean and standard deviation are folded into encoder.0",
+            "steps": int(self.iteration),
+            "versions": {"torch": torch.__version__},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later process needs to go on as if nothing had happened (tensors and plain values)."""
+        return {
+            "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.config).items()},
+            "seeds": list(self.seeds),
+            "total_steps": self.total_steps,
+            "iteration": self.iteration.clone(),
+            "diverged": self.diverged.clone(),
+            "actor": self.actor.parameters.flat.clone(),
+            "critic": self.critic.parameters.flat.clone(),
+            "actor_adam": self.actor_adam.state_dict(),
+            "critic_adam": self.critic_adam.state_dict(),
+            "return_statistics": self.return_statistics.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; raises ValueError if it belongs to another configuration, population or shape."""
+        mine = self.state_dict()
+        if missing := sorted(set(mine) - set(state)):
+            raise ValueError(f"the extraction state lacks {', '.join(missing)}")
+        for name in ("config", "seeds"):
+            if mine[name] != state[name]:
+                raise ValueError(f"the extraction state has {name} {state[name]}, this run has {mine[name]}")
+        for name in ("actor", "critic"):
+            if mine[name].shape != state[name].shape:
+                raise ValueError(
+                    f"the extraction state's {name} has shape {tuple(state[name].shape)}, "
+                    f"this run's {tuple(mine[name].shape)}"
+                )
+        self.set_total_steps(int(state["total_steps"]))
+        self.iteration.copy_(state["iteration"])
+        self.diverged.copy_(state["diverged"])
+        self.actor.parameters.flat.copy_(state["actor"])
+        self.critic.parameters.flat.copy_(state["critic"])
+        self.actor_adam.load_state_dict(state["actor_adam"])
+        self.critic_adam.load_state_dict(state["critic_adam"])
+        self.return_statistics.load_state_dict(state["return_statistics"])

@@ -1,0 +1,121 @@
+"""H imagined steps through the frozen world model, and the gradient that comes back to the actors (PWM Eq. 6).
+
+Only the recurrence z -> a -> z' is sequential. Rewards, terminations and values of all steps are one batch each, and so
+is the actors' backward pass, because their input is detached.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pwm_fast.kernels import two_hot
+from pwm_fast.models.frozen import FrozenNetwork, Saved
+from pwm_fast.models.policy import ActionSample, Actor
+from pwm_fast.models.population_mlp import Activations
+from pwm_fast.models.world_model import FrozenWorldModel
+
+
+class Rollout(NamedTuple):
+    """One imagined batch and what its backward pass needs."""
+
+    inputs: Tensor  # [H + 1, P, B, Z + A]: z_h and a_h side by side, as the networks read them (a_H is unused)
+    latents: Tensor  # [P, H + 1, B, Z]: the same z_h, one policy's rows together
+    reward: Tensor  # [H, P, B]
+    continues: Tensor | None  # [H, P, B]: probability that the episode goes on in z_{h+1}
+    noise: Tensor  # [P, H, B, A]
+    actor: list[ActionSample]
+    dynamics: list[list[Saved]]
+    reward_logits: Tensor
+    reward_layers: list[Saved]
+    termination_layers: list[Saved]
+
+
+class Imagination:
+    """The world model as a differentiable simulator for a population of actors."""
+
+    def __init__(self, world: FrozenWorldModel, terminations: bool = False):
+        c = self.config = world.config
+        if terminations and world.termination is None:
+            raise ValueError("terminations need a world model with a termination head (termination_dim > 0)")
+        self.encoder, self.dynamics, self.reward = (
+            FrozenNetwork(layers, c.simnorm_dim) for layers in (world.encoder, world.dynamics, world.reward)
+        )
+        self.termination = FrozenNetwork(world.termination, c.simnorm_dim) if terminations else None
+        self.reward_scale = world.reward_scale
+
+    def rollout(self, actor: Actor, obs: Tensor, noise: Tensor) -> Rollout:
+        """Imagine from raw observations [P, B, S] with standard normal noise [P, H, B, A]."""
+        z_dim = self.config.latent_dim
+        policies, horizon, batch, action_dim = noise.shape
+        inputs = obs.new_empty(horizon + 1, policies, batch, z_dim + action_dim)
+        latents = obs.new_empty(policies, horizon + 1, batch, z_dim)
+        samples, dynamics = [], []
+        z = self.encoder.forward(obs)[0]
+        for h in range(horizon):
+            latents[:, h], inputs[h, ..., :z_dim] = z, z
+            samples.append(actor.forward(z, noise[:, h]))
+            inputs[h, ..., z_dim:] = samples[h].action
+            z, saved = self.dynamics.forward(inputs[h])
+            dynamics.append(saved)
+        latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
+        logits, reward_layers = self.reward.forward(inputs[:-1])
+        continues, termination_layers = None, []
+        if self.termination is not None:
+            logit, termination_layers = self.termination.forward(inputs[1:, ..., :z_dim])
+            continues = torch.sigmoid(-logit.squeeze(-1))
+        return Rollout(
+            inputs, latents, self._expected_reward(logits), continues, noise, samples, dynamics, logits, reward_layers,
+            termination_layers,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        actor: Actor,
+        rollout: Rollout,
+        d_reward: Tensor,
+        d_continues: Tensor | None,
+        d_last: Tensor,
+        detach_actor_input: bool = True,
+    ) -> None:
+        """Overwrite the actors' gradients, given those of rewards and continuations [H, P, B] and of z_H [P, B, Z]."""
+        z_dim = self.config.latent_dim
+        policies, horizon, batch, action_dim = rollout.noise.shape
+        d_inputs = self.reward.input_gradient(self._reward_gradient(d_reward, rollout), rollout.reward_layers)
+        d_terminations = None
+        if self.termination is not None:
+            c = rollout.continues
+            d_logit = -d_continues * c * (1 - c)
+            d_terminations = self.termination.input_gradient(d_logit[..., None], rollout.termination_layers)
+        d_action = d_last.new_empty(policies, horizon, batch, action_dim)
+        dz = d_last
+        for h in reversed(range(horizon)):
+            if d_terminations is not None:
+                dz = dz + d_terminations[h]
+            d_input = d_inputs[h].add_(self.dynamics.input_gradient(dz, rollout.dynamics[h]))
+            d_action[:, h] = d_input[..., z_dim:]
+            dz = d_input[..., :z_dim]
+            if not detach_actor_input:
+                dz = dz + actor.input_gradient(d_action[:, h], rollout.actor[h])
+        rows = horizon * batch
+        sample = ActionSample(
+            torch.stack([s.action for s in rollout.actor], 1).view(policies, rows, action_dim),
+            Activations.join([s.activations for s in rollout.actor]),
+        )
+        actor.backward(d_action.view(policies, rows, -1), rollout.noise.reshape(policies, rows, -1), sample)
+
+    def _expected_reward(self, logits: Tensor) -> Tensor:
+        """Rewards [...] of the head's outputs [..., bins]."""
+        c = self.config
+        r = logits.squeeze(-1) if c.num_bins == 1 else two_hot.expectation_forward(logits, c.vmin, c.vmax)
+        return self.reward_scale * (two_hot.symexp(r) if c.reward_symlog else r)
+
+    def _reward_gradient(self, d_reward: Tensor, rollout: Rollout) -> Tensor:
+        """Gradient [..., bins] with respect to the head's outputs."""
+        c, logits = self.config, rollout.reward_logits
+        d = d_reward * self.reward_scale
+        if c.reward_symlog:  # symexp'(x) = exp(|x|) = |symexp(x)| + 1
+            d = d * ((rollout.reward / self.reward_scale).abs() + 1)
+        return d[..., None] if c.num_bins == 1 else two_hot.expectation_backward(d, logits, c.vmin, c.vmax)

@@ -1,0 +1,54 @@
+"""Value functions of a population: K critics per policy, stacked (PWM, Georgiev et al. 2024, section 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast.models.population_mlp import Activations, PopulationMLP
+
+UNITS = (400, 200)
+
+
+class Critic:
+    """P x K value networks. Parameters' rows are ordered [P, K], so one policy's K critics are neighbours."""
+
+    def __init__(
+        self,
+        seeds: list[int],
+        latent_dim: int,
+        num_critics: int = 3,
+        units: tuple[int, ...] = UNITS,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        self.policies, self.num_critics = len(seeds), num_critics
+        self.mlp = PopulationMLP(self.policies * num_critics, (latent_dim, *units, 1), dtype=dtype, device=device)
+        self.parameters = self.mlp.parameters
+        for policy, seed in enumerate(seeds):
+            self._initialise(policy, seed)
+
+    def _initialise(self, policy: int, seed: int) -> None:
+        """Orthogonal weights with gain sqrt(2) on every layer, zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for k in range(self.num_critics):
+            for i in range(self.mlp.depth):
+                weight = self.parameters[f"{i}.weight"][policy * self.num_critics + k]
+                start = torch.empty(weight.shape, dtype=torch.float64)
+                weight.copy_(nn.init.orthogonal_(start, gain=2**0.5, generator=generator))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Activations]:
+        """Values [P, K, R] of latents [P, R, Z]."""
+        p, k = self.policies, self.num_critics
+        x = z[:, None].expand(p, k, *z.shape[1:]).reshape(p * k, *z.shape[1:])  # a view for P = 1
+        v, saved = self.mlp.forward(x)
+        return v.view(p, k, -1), saved
+
+    def backward(self, dv: Tensor, saved: Activations) -> None:
+        """Overwrite the parameters' gradients. dv [P, K, R]."""
+        self.mlp.backward(dv.reshape(self.mlp.members, -1, 1), saved)
+
+    def input_gradient(self, dv: Tensor, saved: Activations) -> Tensor:
+        """Gradient [P, R, Z] of sum(dv * V) with respect to the latents. dv [P, K, R]."""
+        dx = self.mlp.input_gradient(dv.reshape(self.mlp.members, -1, 1), saved)
+        return dx.view(self.policies, self.num_critics, *dx.shape[1:]).sum(1)

@@ -1,0 +1,220 @@
+"""Actors of a population, and one finished policy: the world model's encoder and an actor, in two files."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pwm_fast.models.frozen import FrozenNetwork
+from pwm_fast.models.population_mlp import Activations, PopulationMLP
+from pwm_fast.models.world_model import FrozenLayer
+from pwm_fast.state_files import read_json, replacing, write_json
+
+FORMAT = "pwm_fast.policy.1"
+UNITS = (400, 200, 100)
+INITIAL_LOG_STD = -1.0
+WEIGHTS_FILE, DESCRIPTION_FILE = "policy.safetensors", "policy.json"
+
+
+class ActionSample(NamedTuple):
+    """What the actor's backward pass needs beside the noise."""
+
+    action: Tensor  # [P, R, A]
+    activations: Activations
+
+
+class Actor:
+    """P Gaussian actors squashed by tanh: a = tanh(mu(z) + exp(log_std) eps).
+
+    Parameters are those of `PopulationMLP` and `log_std` [P, A].
+    """
+
+    def __init__(
+        self,
+        seeds: list[int],
+        latent_dim: int,
+        action_dim: int,
+        units: tuple[int, ...] = UNITS,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        self.policies = len(seeds)
+        self.mlp = PopulationMLP(
+            self.policies, (latent_dim, *units, action_dim), {"log_std": (action_dim,)}, dtype, device
+        )
+        self.parameters = self.mlp.parameters
+        self.parameters["log_std"].fill_(INITIAL_LOG_STD)
+        for policy, seed in enumerate(seeds):
+            self._initialise(policy, seed)
+
+    def _initialise(self, policy: int, seed: int) -> None:
+        """torch's default for Linear: weights and biases uniform in +-1/sqrt(inputs)."""
+        generator = torch.Generator().manual_seed(seed)
+        for i in range(self.mlp.depth):
+            bound = self.mlp.widths[i] ** -0.5
+            for name in (f"{i}.weight", f"{i}.bias"):
+                value = self.parameters[name][policy]
+                start = torch.empty(value.shape, dtype=torch.float64)
+                value.copy_(start.uniform_(-bound, bound, generator=generator))
+
+    def clamp_log_std(self, minimum: float) -> None:
+        """Raise log_std to at least `minimum`, in the parameter itself."""
+        self.parameters["log_std"].clamp_(min=minimum)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """Deterministic actions tanh(mu(z)) [P, R, A] in latents [P, R, Z]."""
+        return torch.tanh(self.mlp.forward(z)[0])
+
+    def forward(self, z: Tensor, noise: Tensor) -> ActionSample:
+        """Actions in latents [P, R, Z] with standard normal noise [P, R, A]."""
+        mu, activations = self.mlp.forward(z)
+        std = self.parameters["log_std"].exp()[:, None]
+        return ActionSample(torch.tanh(torch.addcmul(mu, std, noise)), activations)
+
+    def backward(self, daction: Tensor, noise: Tensor, sample: ActionSample) -> None:
+        """Overwrite the parameters' gradients with those of sum(daction * action). All [P, R, .]."""
+        dmu = self._before_tanh(daction, sample)
+        std = self.parameters["log_std"].exp()
+        torch.mul((dmu * noise).sum(1), std, out=self.parameters.grads["log_std"])
+        self.mlp.backward(dmu, sample.activations)
+
+    def input_gradient(self, daction: Tensor, sample: ActionSample) -> Tensor:
+        """Gradient [P, R, Z] with respect to the latents."""
+        return self.mlp.input_gradient(self._before_tanh(daction, sample), sample.activations)
+
+    @staticmethod
+    def _before_tanh(daction: Tensor, sample: ActionSample) -> Tensor:
+        return daction * (1 - sample.action.square())
+
+
+class Policy:
+    """One policy: raw observations in, actions in [-1, 1] out. Made by extraction, or read by `Policy.load`."""
+
+    def __init__(self, encoder: list[FrozenLayer], actor: Actor, description: dict[str, Any]):
+        self._encoder_layers, self._actor, self.description = encoder, actor, description
+        self._encoder = FrozenNetwork(encoder, description["simnorm_dim"])
+
+    @property
+    def task(self) -> str:
+        return self.description["task"]
+
+    @property
+    def obs_dim(self) -> int:
+        return self.description["obs_dim"]
+
+    @property
+    def action_dim(self) -> int:
+        return self.description["action_dim"]
+
+    def to(self, device: str | torch.device) -> Policy:
+        """A copy on another device."""
+        return Policy.from_tensors({k: v.to(device) for k, v in self.tensors().items()}, self.description)
+
+    @torch.no_grad()
+    def act(
+        self, obs: Tensor | np.ndarray, deterministic: bool = True, generator: torch.Generator | None = None
+    ) -> Any:
+        """Actions [..., A] for raw observations [..., S]; numpy in, numpy out.
+
+        `deterministic` takes the mean, else one sample per row (from `generator`). Raises ValueError on another
+        observation size.
+        """
+        flat = self._actor.parameters.flat
+        x = torch.as_tensor(obs).to(flat.device, flat.dtype)
+        if x.dim() == 0 or x.shape[-1] != self.obs_dim:
+            raise ValueError(f"observations must have {self.obs_dim} entries ({self.task}), got {tuple(x.shape)}")
+        z = self._encoder.forward(x.reshape(1, -1, self.obs_dim))[0]
+        if deterministic:
+            action = self._actor.mean(z)
+        else:
+            shape = (1, z.shape[1], self.action_dim)
+            noise = torch.randn(shape, generator=generator, dtype=flat.dtype, device=flat.device)
+            action = self._actor.forward(z, noise).action
+        action = action.reshape(*x.shape[:-1], self.action_dim)
+        return action.cpu().numpy() if isinstance(obs, np.ndarray) else action
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters by name: `encoder.{i}...` (observation statistics folded into layer 0) and `actor...`."""
+        out = {f"actor.{name}": value for name, value in self._actor.parameters.tensors(0).items()}
+        for i, layer in enumerate(self._encoder_layers):
+            out[f"encoder.{i}.weight"], out[f"encoder.{i}.bias"] = layer.weight, layer.bias[0]
+            out[f"encoder.{i}.ln.weight"], out[f"encoder.{i}.ln.bias"] = layer.ln_weight, layer.ln_bias
+        return {name: value.detach().clone().contiguous() for name, value in out.items()}
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], description: dict[str, Any]) -> Policy:
+        """The inverse of `tensors`; raises ValueError on missing, unknown or wrongly shaped ones."""
+        widths = [description["obs_dim"], *description["encoder_units"], description["latent_dim"]]
+        expected = {}
+        for i, (inputs, outputs) in enumerate(pairwise(widths)):
+            expected[f"encoder.{i}.weight"] = (outputs, inputs)
+            expected |= {f"encoder.{i}.{name}": (outputs,) for name in ("bias", "ln.weight", "ln.bias")}
+        for name, shape in expected.items():
+            if name not in tensors:
+                raise ValueError(f"missing parameters: {name}")
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
+        rest = {name: value for name, value in tensors.items() if name not in expected}
+        if strange := sorted(name for name in rest if not name.startswith("actor.")):
+            raise ValueError(f"unknown parameters: {', '.join(strange)}")
+        layers = []
+        for i in range(len(widths) - 1):
+            weight, bias, gain, shift = (
+                tensors[f"encoder.{i}.{name}"] for name in ("weight", "bias", "ln.weight", "ln.bias")
+            )
+            last = i == len(widths) - 2
+            layers.append(FrozenLayer(weight, bias[None], "simnorm" if last else "mish", gain, shift))
+        first = layers[0].weight
+        units = tuple(description["actor_units"])
+        actor = Actor([0], description["latent_dim"], description["action_dim"], units, first.dtype, first.device)
+        actor.parameters.load(0, {name.removeprefix("actor."): value for name, value in rest.items()})
+        return Policy(layers, actor, description)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write `policy.safetensors` and `policy.json` into `directory` (made if missing); each is whole or absent.
+
+        Raises OSError that names path, reason and mend when the disk refuses.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory / WEIGHTS_FILE) as part:
+            save_file(self.tensors(), part, metadata={"format": FORMAT})
+        write_json(directory / DESCRIPTION_FILE, self.description)
+        return directory / WEIGHTS_FILE
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> Policy:
+        """Read a policy from its folder, or from the path of either file in it.
+
+        Raises FileNotFoundError, or ValueError that says what is wrong with the files.
+        """
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        weights, description_path = folder / WEIGHTS_FILE, folder / DESCRIPTION_FILE
+        for file in (weights, description_path):
+            if not file.is_file():
+                raise FileNotFoundError(f"{path} holds no policy: {file} does not exist")
+        description = read_json(description_path)
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            found = description.get("format") if isinstance(description, dict) else type(description).__name__
+            raise ValueError(
+                f"{description_path} describes no policy of this version: format {found!r}, not {FORMAT!r}"
+            )
+        try:
+            with safe_open(weights, "pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is damaged: {error}") from error
+        if broken := [name for name, value in tensors.items() if not torch.isfinite(value).all()]:
+            raise ValueError(f"{weights} holds NaN or infinite numbers in {', '.join(broken)}")
+        try:
+            return Policy.from_tensors(tensors, description)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{weights} does not fit {description_path}: {error}") from error
