@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pwm_fast.errors import positive
 from pwm_fast.progress import clock_text, number_text
 from pwm_fast.run_folder import FILES, versions
 
 if TYPE_CHECKING:
+    from pwm_fast.envs.evaluation import EpisodeResults
     from pwm_fast.models.policy import Policy
 
 
@@ -119,9 +121,22 @@ def print_closing(console: Console, summary: Mapping[str, Any], folder: Path, wa
     console.print(files_table(folder))
 
 
-def real_returns(policy: Policy, task: str, episodes: int, seed: int, threads: int | None = None) -> Any:
+def real_returns(
+    policy: Policy, task: str, episodes: int, seed: int, *, record: bool = False, threads: int | None = None
+) -> EpisodeResults:
     """Run a policy in its real simulator, one episode per environment; the number in summary.json comes from here.
 
-    Deterministic in (policy, task, episodes, seed). Returns the task's `EpisodeResults` (returns [episodes], lengths).
+    Deterministic in (policy, task, episodes, seed): the networks run on one thread, so that sums keep their order;
+    `threads` (of the simulator) change nothing. `record` also returns the episodes and the joint positions of the first environment, for pictures.
     """
-    raise RuntimeError  # replaced below once the evaluation exists
+    import torch
+
+    from pwm_fast.envs.evaluation import evaluate
+
+    positive("episodes", episodes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return evaluate(task, policy.act, episodes, seed, record=record, threads=threads)
+    finally:
+        torch.set_num_threads(before)

@@ -1,11 +1,11 @@
 """The folder of one run: options, metrics, checkpoint, policies, summary; nothing in it is ever half-written.
 
-    run.json                   the options the run was begun with
-    metrics.csv                a row per logged step
-    checkpoint.safetensors     the whole state for an exact resume
-    policy.safetensors, .json  the best policy; seed_0/, seed_1/, ... hold each seed's where there are several
-    summary.json               the result
-    curve.png, rollout.gif     pictures
+run.json                   the options the run was begun with
+metrics.csv                a row per logged step
+checkpoint.safetensors     the whole state for an exact resume
+policy.safetensors, .json  the best policy; seed_0/, seed_1/, ... hold each seed's where there are several
+summary.json               the result
+curve.png, rollout.gif     pictures
 """
 
 from __future__ import annotations
