@@ -1,4 +1,23 @@
 """Environments: the table of tasks, the differentiable dflex tasks, Gymnasium fronts and evaluation.
 
-Importing this package registers the Gymnasium ids (``pwm_fast/Humanoid-v0`` and the like) when Gymnasium is installed.
+Importing this package registers the Gymnasium ids (``pwm_fast/Humanoid-v0`` and the like).
 """
+
+import gymnasium
+
+from pwm_fast.envs.registry import TASKS
+
+
+def register() -> None:
+    """Tell Gymnasium our ids; also its plugin entry point. Repeating it is harmless."""
+    for task in TASKS.values():
+        if task.gym_id not in gymnasium.registry:
+            gymnasium.register(
+                task.gym_id,
+                entry_point="pwm_fast.envs.vector:DflexEnv",
+                vector_entry_point="pwm_fast.envs.vector:DflexVectorEnv",
+                kwargs={"task": task.name},
+            )
+
+
+register()

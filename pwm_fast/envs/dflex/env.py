@@ -141,9 +141,11 @@ class DifferentiableEnv:
             any_done, any_broken = bool(done.any()), bool(broken.any())
         if any_broken:
             final_obs = torch.where(broken[:, None], sane_obs, final_obs)
+        final_q = self.q.detach()
         if any_done:
-            self._restart(done, recording)
-        return self.obs, reward, terminated, truncated, {"final_obs": final_obs}
+            rows = done.nonzero()[:, 0]
+            self.restart_rows(rows, *self._start_states(len(rows)), recording)
+        return self.obs, reward, terminated, truncated, {"final_obs": final_obs, "final_q": final_q}
 
     def _drive(self, action: Tensor) -> dict[str, Tensor]:
         """Motor torques [N, nqd] or muscle tensions [N, M] of an action."""
@@ -170,6 +172,14 @@ class DifferentiableEnv:
         q1, qd1 = self.simulator.step(q - shift, qd + arm(qd), **drive)
         return q1 + shift, qd1 - arm(qd1)
 
+    def restart_rows(self, rows: Tensor, q: Tensor, qd: Tensor, recording: bool = False) -> None:
+        """Put the environments ``rows`` [n] at q [n, nq], qd [n, nqd], at the start of an episode; cuts their graph."""
+        self.q = self.q.index_copy(0, rows, q)
+        self.qd = self.qd.index_copy(0, rows, qd)
+        self.action = self.action.index_fill(0, rows, 0.0)
+        self.progress = self.progress.index_fill(0, rows, 0)
+        self.obs = self._observe(recording)
+
     def _observe(self, recording: bool) -> Tensor:
         shown = self.action_in_obs if self.action_in_obs is not None else not recording
         return self.task.observe(self.q, self.qd, self.action if shown else torch.zeros_like(self.action))
@@ -178,13 +188,3 @@ class DifferentiableEnv:
         """bool [N]: the state is no longer finite, or beyond all reason."""
         largest = torch.maximum(self.q.detach().abs().amax(-1), self.qd.detach().abs().amax(-1))
         return ~(largest <= LARGEST_STATE)  # NaN fails every comparison
-
-    def _restart(self, done: Tensor, recording: bool) -> None:
-        rows = done.nonzero()[:, 0]
-        q0, qd0 = self._start_states(len(rows))
-        mask = done[:, None]
-        self.q = torch.where(mask, self.q.detach().index_copy(0, rows, q0), self.q)
-        self.qd = torch.where(mask, self.qd.detach().index_copy(0, rows, qd0), self.qd)
-        self.action = torch.where(mask, 0.0, self.action)
-        self.progress = torch.where(done, 0, self.progress)
-        self.obs = self._observe(recording)

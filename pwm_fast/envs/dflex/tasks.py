@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pwm_fast.envs.names import UnknownTask
+from pwm_fast.envs import registry
 
 QUARTER_TURN = 0.5**0.5
 FACING_X = (-QUARTER_TURN, 0.0, 0.0, QUARTER_TURN)  # -90 degrees about x: the model's z becomes the world's y
@@ -186,9 +186,5 @@ TASKS: dict[str, DflexTask] = {
 
 
 def get_task(task: str | DflexTask) -> DflexTask:
-    """The row of a name; a row is returned as it is. Raises UnknownTask."""
-    if isinstance(task, DflexTask):
-        return task
-    if task not in TASKS:
-        raise UnknownTask(task, TASKS)
-    return TASKS[task]
+    """The row of a name; a row is returned as it is. Raises registry.UnknownTask."""
+    return task if isinstance(task, DflexTask) else TASKS[registry.get(task).name]

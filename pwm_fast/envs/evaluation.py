@@ -1,0 +1,94 @@
+"""Real returns of a policy: one episode per environment, all environments at once, deterministic in the seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pwm_fast.envs import registry
+
+Policy = Callable[[np.ndarray], np.ndarray]  # obs [N, S] -> action [N, A]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One whole episode as the store takes it: obs [T + 1, S], action [T, A], reward [T], and whether it ended in a fall."""
+
+    obs: np.ndarray
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: bool
+
+
+@dataclass(frozen=True)
+class EpisodeResults:
+    """returns [n], lengths [n]; with ``record``: the episodes, and joint_q [T + 1, nq] of environment 0 for pictures."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    episodes: list[Episode] | None = None
+    joint_q: np.ndarray | None = None
+
+    @property
+    def mean(self) -> float:
+        return float(self.returns.mean())
+
+    @property
+    def std(self) -> float:
+        return float(self.returns.std())
+
+
+def evaluate(
+    task: str | registry.Task,
+    policy_fn: Policy,
+    episodes: int,
+    seed: int,
+    *,
+    record: bool = False,
+    threads: int | None = None,
+    **options,
+) -> EpisodeResults:
+    """Run ``episodes`` episodes of ``policy_fn`` in as many environments; ``options`` go to the task's ``make_vector``.
+
+    Raises UnknownTask, and ValueError for ``episodes`` < 1 or a policy whose actions are non-finite or wrongly shaped.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be >= 1, got {episodes}")
+    row = registry.get(task) if isinstance(task, str) else task
+    env = row.make_vector(episodes, seed=seed, threads=threads, **options)
+    try:
+        return _run(env, policy_fn, episodes, seed, row.episode_length, record)
+    finally:
+        env.close()
+
+
+def _run(env, policy_fn: Policy, episodes: int, seed: int, episode_length: int, record: bool) -> EpisodeResults:
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    running, fell = np.ones(episodes, bool), np.zeros(episodes, bool)
+    obs, _ = env.reset(seed=seed)
+    history: list[tuple] = []
+    poses = [env.joint_q[0].copy()] if record and hasattr(env, "joint_q") else []
+    for _ in range(episode_length):
+        action = np.asarray(policy_fn(obs), np.float32)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        if record:
+            history.append((obs, action.clip(-1.0, 1.0), reward, next_obs))
+            if poses and running[0]:
+                poses.append(env.joint_q[0].copy())
+        returns += np.where(running, reward, 0.0)
+        lengths += running
+        fell |= running & terminated
+        running &= ~(terminated | truncated)
+        obs = next_obs
+        if not running.any():
+            break
+    if not record:
+        return EpisodeResults(returns, lengths)
+    whole = [_episode(history, e, int(lengths[e]), bool(fell[e])) for e in range(episodes)]
+    return EpisodeResults(returns, lengths, whole, np.stack(poses) if poses else None)
+
+
+def _episode(history: list[tuple], env: int, length: int, terminated: bool) -> Episode:
+    """Environment ``env``'s first ``length`` steps of the batch's history."""
+    obs, action, reward = (np.stack([step[column][env] for step in history[:length]]) for column in range(3))
+    return Episode(np.concatenate([obs, history[length - 1][3][env][None]]), action, reward, terminated)
