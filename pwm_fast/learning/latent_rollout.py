@@ -1,0 +1,88 @@
+"""The world model's open-loop rollout as one differentiable function: z_{h+1} = F(z_h, c_h), c_h = [e, a_h].
+
+Plain autograd through H steps makes H small weight-gradient products per layer. Here the backward recurrence keeps the
+pre-activation gradients of all steps and forms each weight gradient by one product over H*B rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
+from pwm_fast.models.world_model import WorldModel
+
+
+def latent_rollout(model: WorldModel, z: Tensor, control: Tensor) -> Tensor:
+    """Latents [H+1, B, Z] from z [B, Z] under controls [H, B, E+A]; differentiable in z, control and the dynamics."""
+    layers: nn.ModuleList = model._dynamics
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias, layer.ln.weight, layer.ln.bias)]
+    return _LatentRollout.apply(z, control, model.config.simnorm_dim, *parameters)
+
+
+class _LatentRollout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, control: Tensor, simnorm_dim: int, *parameters: Tensor) -> Tensor:
+        horizon, batch = control.shape[:2]
+        depth = len(parameters) // 4
+        layers = [parameters[4 * i : 4 * i + 4] for i in range(depth)]
+        inputs = [z.new_empty(horizon, batch, w.shape[1]) for w, *_ in layers]
+        linear = [z.new_empty(horizon, batch, w.shape[0]) for w, *_ in layers]
+        statistics = [z.new_empty(2, horizon, batch) for _ in layers]
+        out = z.new_empty(horizon + 1, batch, z.shape[1])
+        out[0] = z
+        inputs[0][..., z.shape[1] :] = control
+        for h in range(horizon):
+            x = out[h]
+            for i, (weight, bias, ln_weight, ln_bias) in enumerate(layers):
+                inputs[i][h, :, : x.shape[1]] = x
+                torch.addmm(bias, inputs[i][h], weight.T, out=linear[i][h])
+                rows, ln = linear[i][h][None], (ln_weight[None], ln_bias[None])
+                if i + 1 < depth:
+                    y, mean, rstd = layernorm_mish.forward(rows, *ln)
+                else:
+                    y, mean, rstd = layernorm_simnorm.forward(rows, *ln, simnorm_dim)
+                statistics[i][0, h], statistics[i][1, h] = mean[0], rstd[0]
+                x = y[0]
+            out[h + 1] = x
+        ctx.simnorm_dim, ctx.depth = simnorm_dim, depth
+        ctx.save_for_backward(out, *parameters, *inputs, *linear, *statistics)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, *saved = ctx.saved_tensors
+        depth = ctx.depth
+        parameters, saved = saved[: 4 * depth], saved[4 * depth :]
+        inputs, linear, statistics = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
+        horizon, latent = len(out) - 1, out.shape[2]
+        d_linear = [torch.empty_like(x) for x in linear]
+        d_norm = [[torch.zeros_like(parameters[4 * i + 2]), torch.zeros_like(parameters[4 * i + 3])] for i in range(depth)]
+        d_control = grad.new_empty(horizon, out.shape[1], inputs[0].shape[2] - latent)
+        dz = grad[horizon]
+        for h in reversed(range(horizon)):
+            dx = dz
+            for i in reversed(range(depth)):
+                weight, _, ln_weight, ln_bias = parameters[4 * i : 4 * i + 4]
+                rows, mean, rstd = linear[i][h][None], statistics[i][0, h][None], statistics[i][1, h][None]
+                ln = (ln_weight[None], ln_bias[None])
+                if i + 1 < depth:
+                    d, dw, db = layernorm_mish.backward(dx[None], rows, mean, rstd, *ln, True)
+                else:
+                    y = out[h + 1][None]
+                    d, dw, db = layernorm_simnorm.backward(dx[None], y, rows, mean, rstd, *ln, True, ctx.simnorm_dim)
+                d_linear[i][h] = d[0]
+                d_norm[i][0] += dw[0]
+                d_norm[i][1] += db[0]
+                dx = d[0] @ weight
+            d_control[h] = dx[:, latent:]
+            dz = grad[h] + dx[:, :latent]
+        gradients: list[Tensor] = []
+        for i in range(depth):
+            rows = d_linear[i].flatten(0, 1)
+            gradients += [rows.T @ inputs[i].flatten(0, 1), rows.sum(0), *d_norm[i]]
+        return (dz, d_control, None, *gradients)

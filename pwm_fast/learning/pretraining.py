@@ -1,0 +1,252 @@
+"""World-model learning (PWM Eq. 10; TD-MPC2's loss without its value terms).
+
+Over windows of H + 1 observations: latent consistency against stop-gradient encodings, soft cross-entropy of two-hot
+rewards, and binary cross-entropy of terminations where the model has that head; step h weighs rho^h. The encoder sees
+the H target observations in one batch, the heads see all H steps in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pwm_fast.data.episodes import EpisodeStore, WindowSampler
+from pwm_fast.kernels import two_hot
+from pwm_fast.learning.latent_rollout import latent_rollout
+from pwm_fast.models.matmul import fast_matmul
+from pwm_fast.models.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """Defaults are PWM's and TD-MPC2's, but for the slower encoder and the late decay (see docs of `learning_rate`)."""
+
+    steps: int = 10_000
+    batch_size: int = 256
+    horizon: int = 16
+    learning_rate: float = 3e-4
+    encoder_lr_scale: float = 0.3
+    decay_fraction: float = 0.4
+    final_lr_scale: float = 0.02
+    rho: float = 0.99
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    termination_coef: float = 0.1
+    grad_clip: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Windows:
+    """A batch of H-step windows as tensors: obs [H+1, B, S], action [H, B, A], reward [H, B], terminated [H, B]."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    task: Tensor | None = None  # [B]
+
+    @staticmethod
+    def of(batch: dict[str, np.ndarray], with_task: bool, device: str | torch.device = "cpu") -> Windows:
+        as_tensor = lambda x: torch.as_tensor(x).to(device)  # noqa: E731
+        return Windows(
+            as_tensor(batch["obs"]),
+            as_tensor(batch["action"]),
+            as_tensor(batch["reward"]),
+            as_tensor(batch["terminated"]).float(),
+            as_tensor(batch["task"]).long() if with_task else None,
+        )
+
+
+def fit_normalisation(model: WorldModel, statistics: dict[str, Any]) -> None:
+    """Set observation mean and deviation, and the reward scale, from a store's statistics.
+
+    Constant observation entries get deviation 1. A linear two-hot head clamps to [vmin, vmax], so 98% of the rewards
+    fill half of that range and a policy better than the data still has room; symlog heads keep scale 1.
+    """
+    std = torch.as_tensor(statistics["obs_std"], dtype=torch.float32)
+    model.obs_mean.copy_(torch.as_tensor(statistics["obs_mean"], dtype=torch.float32))
+    model.obs_std.copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
+    if not model.config.reward_symlog:
+        quantiles = statistics["reward_quantiles"]
+        largest = max(abs(quantiles["0.01"]), abs(quantiles["0.99"]), 1e-6)
+        model.reward_scale.fill_(largest / (0.5 * model.config.vmax if model.config.num_bins > 1 else 1.0))
+
+
+def rollout(model: WorldModel, windows: Windows) -> Tensor:
+    """Open-loop latents z [H+1, B, Z] from the first observation under the recorded actions."""
+    z = model.encode(windows.obs[0], windows.task)
+    return latent_rollout(model, z, model.controls(windows.action, windows.task))
+
+
+def loss_terms(model: WorldModel, windows: Windows, config: PretrainingConfig) -> dict[str, Tensor]:
+    """The weighted sum `total` and its unweighted parts `consistency`, `reward`, `termination` (scalars)."""
+    horizon = len(windows.action)
+    weight = config.rho ** torch.arange(horizon, device=windows.obs.device, dtype=windows.obs.dtype)
+    weight = weight / horizon  # [H]
+    with torch.no_grad():
+        target = model.encode(windows.obs[1:], windows.task)  # [H, B, Z]
+    z = rollout(model, windows)
+    consistency = (weight * (z[1:] - target).square().mean((1, 2))).sum()
+    output = model.reward_logits(z[:-1], windows.action, windows.task)  # [H, B, bins]
+    goal = model.reward_target(windows.reward)
+    if model.config.num_bins == 1:
+        error = (output.squeeze(-1) - goal).square()
+    else:
+        error = two_hot.cross_entropy(output, goal, model.config.vmin, model.config.vmax)
+    reward = (weight * error.mean(1)).sum()
+    terms = {"consistency": consistency, "reward": reward}
+    total = config.consistency_coef * consistency + config.reward_coef * reward
+    if model.has_termination:
+        logit = model.termination_logit(z[1:], windows.task)
+        ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none").mean(1)
+        terms["termination"] = (weight * ended).sum()
+        total = total + config.termination_coef * terms["termination"]
+    return {"total": total, **terms}
+
+
+class Pretraining:
+    """Adam on `loss_terms`, with exact resume: state is the model, the optimiser and the step count.
+
+    `batch(step)` returns the windows of a step; it must depend on the step alone.
+    """
+
+    def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
+        self.model, self.config, self.batch = model, config, batch
+        self.step_count = 0
+        encoder = list(model._encoder.parameters())
+        known = {id(p) for p in encoder}
+        rest = [p for p in model.parameters() if id(p) not in known]
+        self.parameters = encoder + rest
+        groups = [{"params": encoder, "scale": config.encoder_lr_scale}, {"params": rest, "scale": 1.0}]
+        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
+
+    def learning_rate(self, step: int) -> float:
+        """Constant, then linear decay over the last `decay_fraction` of the steps."""
+        c = self.config
+        start = (1.0 - c.decay_fraction) * c.steps
+        progress = min(max((step - start) / max(c.steps - start, 1.0), 0.0), 1.0)
+        return c.learning_rate * (1.0 + (c.final_lr_scale - 1.0) * progress)
+
+    def step(self) -> dict[str, float]:
+        """One gradient step; returns the loss terms and the gradient norm before clipping."""
+        rate = self.learning_rate(self.step_count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with fast_matmul(torch.float32, self.model.obs_mean.device):
+            terms = loss_terms(self.model, self.batch(self.step_count), self.config)
+            terms["total"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"world-model gradient is {norm.item()} at step {self.step_count}: check the data for outliers, "
+                f"or lower the learning rate ({self.config.learning_rate})"
+            )
+        self.optimizer.step()
+        self.step_count += 1
+        return {**{k: v.item() for k, v in terms.items()}, "grad_norm": norm.item()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": {str(k): v for k, v in self.optimizer.state_dict()["state"].items()},
+            "step": self.step_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {int(k): v for k, v in state["optimizer"].items()}
+        self.optimizer.load_state_dict(optimizer)
+        self.step_count = int(state["step"])
+
+
+def store_batches(
+    store: EpisodeStore, episodes: np.ndarray | None, config: PretrainingConfig, seed: int, with_task: bool
+) -> Callable[[int], Windows]:
+    """Windows drawn uniformly from some episodes of a store, a pure function of (seed, step)."""
+    sampler = WindowSampler(store, config.horizon, episodes=episodes, seed=seed)
+    return lambda step: Windows.of(sampler.windows(step, config.batch_size), with_task)
+
+
+@torch.no_grad()
+def validate(model: WorldModel, batches: list[Windows]) -> dict[str, float]:
+    """Open-loop quality on held-out windows.
+
+    `latent_error`: mean squared error of z_H over the variance of the encodings (0 is perfect, 1 is the mean's);
+    `return_r2`: R^2 of the summed H-step reward; `reward_mae` per step; `termination_auc` where there is a head.
+    """
+    errors, encodings, predicted, actual, step_error, logits, ended = [], [], [], [], [], [], []
+    for w in batches:
+        z, goal = rollout(model, w), model.encode(w.obs[-1], w.task)
+        errors.append((z[-1] - goal).square().mean(0))
+        encodings.append(goal)
+        reward = model.reward(z[:-1], w.action, w.task)
+        predicted.append(reward.sum(0))
+        actual.append(w.reward.sum(0))
+        step_error.append((reward - w.reward).abs().mean())
+        if model.has_termination:
+            logits.append(model.termination_logit(z[1:], w.task).flatten())
+            ended.append(w.terminated.flatten())
+    variance = torch.cat(encodings).var(0, unbiased=False)
+    p, a = torch.cat(predicted), torch.cat(actual)
+    out = {
+        "latent_error": (torch.stack(errors).mean(0).sum() / variance.sum()).item(),
+        "return_r2": (1.0 - (p - a).square().mean() / a.var(unbiased=False).clamp(min=1e-12)).item(),
+        "reward_mae": torch.stack(step_error).mean().item(),
+    }
+    if logits and 0 < torch.cat(ended).sum() < torch.cat(ended).numel():
+        out["termination_auc"] = _auc(torch.cat(logits), torch.cat(ended))
+    return out
+
+
+def _auc(score: Tensor, label: Tensor) -> float:
+    """Area under the ROC curve, from ranks."""
+    rank = torch.empty_like(score)
+    rank[score.argsort()] = torch.arange(1, len(score) + 1, dtype=score.dtype)
+    positives = label.sum()
+    area = rank[label > 0].sum() - positives * (positives + 1) / 2
+    return (area / (positives * (len(label) - positives))).item()
+
+
+class StoreTraining:
+    """Everything of a pre-training run on one store: split, normalisation, batches, validation.
+
+    `validation_fraction` of the episodes, shuffled, is held out; validation windows are the same at every call.
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        model: WorldModel,
+        config: PretrainingConfig,
+        seed: int = 0,
+        validation_fraction: float = 0.05,
+        validation_batches: int = 4,
+    ):
+        if store.obs_dim != model.config.obs_dim or store.action_dim != model.config.action_dim:
+            raise ValueError(
+                f"the store has {store.obs_dim} observations and {store.action_dim} actions, the world model "
+                f"{model.config.obs_dim} and {model.config.action_dim}"
+            )
+        self.statistics = store.statistics()
+        training, held_out = store.split(validation_fraction, seed)
+        fit_normalisation(model, self.statistics)
+        with_task = model.config.num_tasks > 0
+        self.pretraining = Pretraining(model, config, store_batches(store, training, config, seed, with_task))
+        check = store_batches(store, held_out, config, seed + 1, with_task)
+        self._validation = [check(i) for i in range(validation_batches)]
+
+    def validate(self) -> dict[str, float]:
+        return validate(self.pretraining.model, self._validation)
