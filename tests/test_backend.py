@@ -1,0 +1,62 @@
+"""The backend is chosen once, can be forced, and says why when it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pwm_fast import backend
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    monkeypatch.setattr(backend, "native", None)
+    monkeypatch.setattr(backend, "native_reason", "it was not built: no compiler")
+
+
+def test_the_native_module_is_the_first_choice(monkeypatch):
+    monkeypatch.setattr(backend, "native", object())
+    assert backend.resolve() == "native"
+    assert backend.describe() == "backend: native (C++)"
+
+
+def test_without_it_torch_runs_and_the_reason_is_told(without_native):
+    assert backend.resolve() == "torch"
+    assert backend.describe() == "backend: torch (native module missing: it was not built: no compiler)"
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_forcing_native_without_it_raises(without_native, monkeypatch, by):
+    if by == "variable":
+        monkeypatch.setenv(backend.VARIABLE, "native")
+    with pytest.raises(RuntimeError, match="it was not built: no compiler"):
+        backend.resolve("native" if by == "argument" else None)
+
+
+def test_an_argument_goes_before_the_variable(monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "fortran")
+    assert backend.resolve("torch") == "torch"
+    with pytest.raises(ValueError, match="PWM_FAST_BACKEND must be one of native, torch, got 'fortran'"):
+        backend.resolve()
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    assert backend.resolve() == "torch"
+    assert "torch" in backend.describe()
+
+
+def test_importing_the_package_does_not_wait_for_torch():
+    program = "import sys, pwm_fast, pwm_fast.backend; print('torch' in sys.modules, 'WorldModel' in dir(pwm_fast))"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert output.stdout.split() == ["False", "True"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import pwm_fast
+
+    with pytest.raises(AttributeError, match="no attribute 'WorldModle'"):
+        _ = pwm_fast.WorldModle
