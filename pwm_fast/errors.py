@@ -72,7 +72,8 @@ def run_command(
         arguments = [argument for argument in arguments if argument != "--debug"]
         debug = True
     try:
-        parsed = tyro.cli(options, args=arguments, prog=f"python -m {name}")
+        about = f"{options.__doc__}\n\n--debug, or {DEBUG_VARIABLE}=1, shows the traceback of an error."
+        parsed = tyro.cli(options, args=arguments, prog=f"python -m {name}", description=about)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else USAGE_ERROR
     return run(lambda: function(parsed), debug=debug)

@@ -127,7 +127,8 @@ def real_returns(
     """Run a policy in its real simulator, one episode per environment; the number in summary.json comes from here.
 
     Deterministic in (policy, task, episodes, seed): the networks run on one thread, so that sums keep their order;
-    `threads` (of the simulator) change nothing. `record` also returns the episodes and the joint positions of the first environment, for pictures.
+    `threads` (of the simulator) change nothing. `record` also returns the episodes and the joint positions of the
+    first environment, for pictures.
     """
     import torch
 
