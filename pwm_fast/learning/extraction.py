@@ -71,6 +71,7 @@ class ExtractionConfig:
 PRESETS = {
     "paper": ExtractionConfig(),
     "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
+    "fast": ExtractionConfig(terminations=True, critic_epochs=2),
 }
 
 
@@ -106,9 +107,9 @@ class Extraction:
             raise ValueError(f"seeds must be one integer >= 0 per policy, got {self.seeds}")
         if len(self.tasks) != len(self.seeds):
             raise ValueError(f"tasks must name {len(self.seeds)} policies, got {len(self.tasks)}")
-        self._task_ids = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.int64)
-        if self._task_ids is not None and self._task_ids.shape != (len(self.seeds),):
-            raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self._task_ids.shape)}")
+        self.task_ids = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.int64)
+        if self.task_ids is not None and self.task_ids.shape != (len(self.seeds),):
+            raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self.task_ids.shape)}")
         self.set_world_model(world_model)
         self.set_total_steps(total_steps)
         like = self.imagination.encoder.layers[0].weight
@@ -126,7 +127,7 @@ class Extraction:
 
     def set_world_model(self, world_model: WorldModel) -> None:
         """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay."""
-        frozen = world_model.frozen(self._task_ids)
+        frozen = world_model.frozen(self.task_ids)
         if hasattr(self, "world_config") and self.world_config != world_model.config:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
         self.world_config = world_model.config
@@ -161,7 +162,8 @@ class Extraction:
         self.iteration += 1
         return metrics
 
-    def _learning_rate(self, start: float) -> Tensor:
+    def learning_rate(self, start: float) -> Tensor:
+        """The scheduled rate [P] at the present step for one that starts at `start`."""
         rate = linear_schedule(self.iteration, start, self.config.final_lr, self.total_steps)
         return rate.to(self._dtype).expand(self.policies_count)
 
@@ -196,7 +198,7 @@ class Extraction:
             d_last,
             c.detach_actor_input,
         )
-        norm = self.actor_adam.step(self._learning_rate(c.actor_lr), c.actor_max_norm, active)
+        norm = self.actor_adam.step(self.learning_rate(c.actor_lr), c.actor_max_norm, active)
         self.diverged |= ~(active & torch.isfinite(norm))
         metrics = {
             "actor_loss": loss,
@@ -222,7 +224,7 @@ class Extraction:
         rows = horizon * batch
         x = rollout.latents[:, :horizon].reshape(policies * rows, -1)
         y = targets.transpose(0, 1).reshape(policies * rows)  # time-major within a policy
-        lr = self._learning_rate(c.critic_lr)
+        lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
         total = torch.zeros_like(lr)
         for order in self._minibatch_orders(rows):

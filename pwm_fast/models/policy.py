@@ -140,6 +140,11 @@ class Policy:
         action = action.reshape(*x.shape[:-1], self.action_dim)
         return action.cpu().numpy() if isinstance(obs, np.ndarray) else action
 
+    @torch.no_grad()
+    def act_latent(self, z: Tensor) -> Tensor:
+        """Mean actions [..., A] in latent states z [..., Z]."""
+        return self._actor.mean(z.reshape(1, -1, z.shape[-1]))[0].view(*z.shape[:-1], self.action_dim)
+
     def tensors(self) -> dict[str, Tensor]:
         """All parameters by name: `encoder.{i}...` (observation statistics folded into layer 0) and `actor...`."""
         out = {f"actor.{name}": value for name, value in self._actor.parameters.tensors(0).items()}

@@ -213,8 +213,17 @@ class WorldModel(nn.Module):
         """Weights for extraction: no gradients, the tasks [P] folded into biases (None: no embedding, P = 1)."""
         return FrozenWorldModel(self, task)
 
-    def save(self, path: str | Path) -> None:
-        """One safetensors file; configuration and provenance as JSON in its header. Written atomically."""
+    def copy(self) -> WorldModel:
+        """An independent copy."""
+        other = WorldModel(self.config, self.provenance).to(self.obs_mean)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """One safetensors file; configuration and provenance as JSON in its header. Written atomically.
+
+        `half` stores float16, for half the size; `load` always returns float32.
+        """
         header = {
             "format": FORMAT,
             "config": json.dumps(asdict(self.config)),
@@ -222,7 +231,8 @@ class WorldModel(nn.Module):
         }
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, part, metadata=header)
+            tensors = {k: (v.half() if half else v).contiguous() for k, v in self.state_dict().items()}
+            save_file(tensors, part, metadata=header)
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> WorldModel:

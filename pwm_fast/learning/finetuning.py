@@ -1,0 +1,268 @@
+"""Extraction in rounds: imagine, look at reality, learn from it (PWM appendix C.4, the collect-and-retrain loop).
+
+A round is a number of extraction steps, real episodes of every policy (the mean action for selection, sampled actions
+for exploration), and, unless the world model stays frozen, model steps half on those episodes and half on the given
+data. The best policy by real return is kept, and imagined reward is compared with real reward on the same start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
+from pwm_fast.envs import registry
+from pwm_fast.envs.evaluation import Episode, evaluate
+from pwm_fast.learning.extraction import Extraction
+from pwm_fast.learning.pretraining import Pretraining, PretrainingConfig, Windows
+from pwm_fast.models.policy import Policy
+from pwm_fast.models.world_model import WorldModel
+
+GAUGE_STEPS = 200
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """What one round does. `model_steps` = 0 keeps the world model frozen."""
+
+    extraction_steps: int = 60
+    model_steps: int = 60
+    model_batch_size: int = 128
+    model_lr: float = 1e-4
+    encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
+    evaluation_episodes: int = 8
+    exploration_episodes: int = 8
+    new_fraction: float = 0.5  # of model windows and start states
+
+    def __post_init__(self) -> None:
+        for name, least in (("extraction_steps", 1), ("model_steps", 0), ("evaluation_episodes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+
+
+class ExtractionRounds:
+    """The loop's state: world model, its optimiser, the policies, their real episodes and the best of them.
+
+    `data` gives start states and old windows; real episodes go to the store `replay` (a path that does not exist yet,
+    or one that this loop wrote before). Everything is a function of the seeds and the number of rounds done.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        world_model: WorldModel,
+        extraction: Extraction,
+        data: EpisodeStore,
+        replay: Path,
+        config: RoundConfig,
+        seed: int = 0,
+        threads: int | None = None,
+    ):
+        self.task = registry.get(task)
+        self.world_model, self.extraction, self.config = world_model, extraction, config
+        self.replay_path, self.seed, self.threads = replay, seed, threads
+        self.rounds_done = 0
+        self.best_return = np.full(len(extraction.seeds), -np.inf)
+        self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
+        self._data = data
+        self._starts = [WindowSampler(data, 1, seed=s) for s in extraction.seeds]
+        self._fresh_starts: list[WindowSampler] = []
+        self._fresh: WindowSampler | None = None
+        self._kept: list[int] = []  # episodes of the replay store that this run's rounds wrote
+        horizon = extraction.config.horizon
+        self._old = WindowSampler(data, horizon, seed=seed)
+        self._model = Pretraining(
+            world_model,
+            PretrainingConfig(
+                steps=10**9,
+                batch_size=config.model_batch_size,
+                horizon=horizon,
+                learning_rate=config.model_lr,
+                encoder_lr_scale=config.encoder_lr_scale,
+            ),
+            self._model_batch,
+        )
+
+    # one round -----------------------------------------------------------------------------------------------------
+
+    def extract(self, most: int | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, np.ndarray]:
+        """The round's extraction steps, at most `most`; returns the mean of each metric [P] over them."""
+        total: dict[str, Tensor] = {}
+        steps = 0
+        for _ in range(min(self.config.extraction_steps, most or self.config.extraction_steps)):
+            metrics = self.extraction.step(self._start_states(int(self.extraction.iteration)))
+            total = {k: total[k] + v if total else v.clone() for k, v in metrics.items()}
+            steps += 1
+            if stop():
+                break
+        return {k: (v / steps).cpu().numpy() for k, v in total.items()}
+
+    def look_at_reality(self) -> dict[str, np.ndarray]:
+        """Real episodes of every policy, kept for the model; returns [P] arrays, and updates the best policies.
+
+        `real_return`, `real_length`: mean of the episodes with mean actions. `imagined_over_real`: imagined over real
+        reward in the first steps of the same episodes; far above 1 is the sign of an exploited model.
+        """
+        c = self.config
+        policies = self.extraction.policies()
+        episodes = real_episodes(
+            self.task.name, policies, c.evaluation_episodes, c.exploration_episodes, self.seed + 1, self.rounds_done,
+            self.threads,
+        )  # fmt: skip
+        means, lengths, gauges = [], [], []
+        for i, (policy, found) in enumerate(zip(policies, episodes, strict=True)):
+            judged = found[: c.evaluation_episodes]
+            means.append(float(np.mean([e.reward.sum() for e in judged])))
+            lengths.append(float(np.mean([len(e.reward) for e in judged])))
+            gauges.append(imagined_over_real(self.world_model, policy, judged, self._task_id(i)))
+            if means[-1] > self.best_return[i]:
+                self.best_return[i], self.best_policy[i] = means[-1], policy.tensors()
+        if c.model_steps:
+            self._keep([e for found in episodes for e in found])
+        return {
+            "real_return": np.array(means),
+            "real_length": np.array(lengths),
+            "imagined_over_real": np.array(gauges),
+        }
+
+    def learn_model(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """The round's model steps; the policies go on with the new model. Returns the mean loss terms."""
+        rows = []
+        for _ in range(self.config.model_steps):
+            rows.append(self._model.step())
+            if stop():
+                break
+        if rows:
+            self.extraction.set_world_model(self.world_model)
+        return {f"model_{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]} if rows else {}
+
+    def diverged(self) -> np.ndarray:
+        """[P]: which policies were stopped because their numbers stopped being finite."""
+        return self.extraction.diverged.cpu().numpy()
+
+    def finish_round(self) -> None:
+        self.rounds_done += 1
+
+    def best(self) -> list[Policy]:
+        """The best policy of each seed by real return so far."""
+        now = self.extraction.policies()
+        return [Policy.from_tensors(t, p.description) for t, p in zip(self.best_policy, now, strict=True)]
+
+    # data ----------------------------------------------------------------------------------------------------------
+
+    def _task_id(self, policy: int) -> Tensor | None:
+        ids = self.extraction.task_ids
+        return None if ids is None else ids[policy]
+
+    def _start_states(self, step: int) -> np.ndarray:
+        """[P, B, S]: from the data and, once there are any, the policies' own episodes."""
+        batch = self.extraction.config.batch_size
+        new = int(batch * self.config.new_fraction) if self._fresh_starts else 0
+        rows = []
+        for i, sampler in enumerate(self._starts):
+            parts = [sampler.start_states(step, batch - new)]
+            if new:
+                parts.append(self._fresh_starts[i].start_states(step, new))
+            rows.append(np.concatenate(parts))
+        return np.stack(rows)
+
+    def _model_batch(self, step: int) -> Windows:
+        batch = self.config.model_batch_size
+        new = int(batch * self.config.new_fraction) if self._fresh is not None else 0
+        parts = [self._old.windows(step, batch - new)] if batch > new else []
+        if self._fresh is not None and new:
+            parts.append(self._fresh.windows(step, new))
+        joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}
+        return Windows.of(joined, self.world_model.config.num_tasks > 0)
+
+    def _keep(self, episodes: list[Episode]) -> None:
+        """Append to the replay store. A killed run may have left episodes behind there, so the own ones are counted."""
+        w, exists = self.world_model.config, self.replay_path.exists()
+        before = EpisodeStore.open(self.replay_path).num_episodes if exists else 0
+        with EpisodeWriter(
+            self.replay_path, w.obs_dim, w.action_dim, task_names=[self.task.name], append=exists
+        ) as writer:
+            for e in episodes:
+                writer.add(e.obs, e.action, e.reward, e.terminated)
+        self._kept += range(before, before + len(episodes))
+        self._open_replay()
+
+    def _open_replay(self) -> None:
+        store = EpisodeStore.open(self.replay_path)
+        horizon = self.extraction.config.horizon
+        self._fresh_starts = [WindowSampler(store, 1, self._kept, seed=s + 1) for s in self.extraction.seeds]
+        if store.lengths[self._kept].max() >= horizon:
+            self._fresh = WindowSampler(store, horizon, self._kept, seed=self.seed + 1)
+
+    # resume --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the replay store, whose own episodes are noted."""
+        return {
+            "rounds_done": self.rounds_done,
+            "extraction": self.extraction.state_dict(),
+            "model": self._model.state_dict(),
+            "best_return": self.best_return,
+            "best_policy": list(self.best_policy),
+            "kept": list(self._kept),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rounds_done = int(state["rounds_done"])
+        self._model.load_state_dict(state["model"])
+        self.extraction.set_world_model(self.world_model)
+        self.extraction.load_state_dict(state["extraction"])
+        self.best_return = np.asarray(state["best_return"], np.float64)
+        self.best_policy = list(state["best_policy"])
+        self._kept = [int(i) for i in state["kept"]]
+        if self._kept:
+            self._open_replay()
+
+
+def real_episodes(
+    task: str,
+    policies: list[Policy],
+    judged: int,
+    explored: int,
+    seed: int,
+    draw: int,
+    threads: int | None,
+) -> list[list[Episode]]:
+    """For every policy `judged` episodes with mean actions, then `explored` with sampled ones, all side by side."""
+    each = judged + explored
+    generators = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + 1009 * draw + i) for i in range(len(policies))]
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        out = []
+        for i, policy in enumerate(policies):
+            rows = torch.as_tensor(obs[i * each : (i + 1) * each])
+            out.append(policy.act(rows[:judged]))
+            if explored:
+                out.append(policy.act(rows[judged:], deterministic=False, generator=generators[i]))
+        return torch.cat(out).numpy()
+
+    results = evaluate(task, act, each * len(policies), seed, record=True, threads=threads)
+    assert results.episodes is not None
+    return [results.episodes[i * each : (i + 1) * each] for i in range(len(policies))]
+
+
+@torch.no_grad()
+def imagined_over_real(model: WorldModel, policy: Policy, episodes: list[Episode], task: Tensor | None) -> float:
+    """Imagined over real reward of the first `GAUGE_STEPS` steps of some episodes, both with mean actions."""
+    obs = torch.as_tensor(np.stack([e.obs[0] for e in episodes]))
+    steps = min(GAUGE_STEPS, max(len(e.reward) for e in episodes))
+    z, alive, imagined = model.encode(obs, task), torch.ones(len(obs)), 0.0
+    for _ in range(steps):
+        action = policy.act_latent(z)
+        imagined += float((alive * model.reward(z, action, task)).mean())
+        z = model.next(z, action, task)
+        if model.has_termination:
+            alive = alive * torch.sigmoid(-model.termination_logit(z, task))
+    real = float(np.mean([e.reward[:steps].sum() for e in episodes]))
+    return imagined / real if abs(real) > 1e-6 else float("nan")

@@ -1,0 +1,200 @@
+"""A whole extraction: rounds until the steps or the minutes are used up, then the best policies.
+
+`extract_policies` is the library's entry; the command `python -m pwm_fast.extract` adds files and a display.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pwm_fast.data.episodes import EpisodeStore
+from pwm_fast.learning.extraction import Extraction, ExtractionConfig, preset
+from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig
+from pwm_fast.models.policy import Policy
+from pwm_fast.models.world_model import WorldModel
+
+Report = Callable[[dict[str, Any]], None]
+"""Called after every round with `round`, `step`, `seconds` and arrays [P]: real_return, imagined_return, ..."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after `steps` gradient steps, or after `seconds`, whichever is given and comes first.
+
+    With steps alone a run depends on nothing but its seeds. With seconds the learning-rate schedule follows an
+    estimate of how many steps will fit, renewed after every round.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("a budget needs steps or minutes, got neither")
+        for name in ("steps", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
+
+
+class Job:
+    """Runs rounds within a budget; `run` may be called again after `load_state_dict`."""
+
+    def __init__(self, rounds: ExtractionRounds, budget: Budget):
+        self.rounds, self.budget = rounds, budget
+        self.seconds = 0.0  # spent in rounds, over all processes that worked on this run
+        self._schedule(first_guess=budget.steps or 100 * rounds.config.extraction_steps)
+
+    @property
+    def steps_done(self) -> int:
+        return int(self.rounds.extraction.iteration)
+
+    def _schedule(self, first_guess: int | None = None) -> None:
+        """Set the length of the learning-rate schedule from the time that rounds take."""
+        total = first_guess or self.rounds.extraction.total_steps
+        if self.budget.seconds is not None and self.steps_done:
+            left = max(self.budget.seconds - self.seconds, 0.0)
+            fits = self.steps_done + int(self.steps_done * left / self.seconds)
+            total = min(fits, self.budget.steps or fits)
+        self.rounds.extraction.set_total_steps(max(total, 1))
+
+    def finished(self) -> bool:
+        b = self.budget
+        return (b.steps is not None and self.steps_done >= b.steps) or (
+            b.seconds is not None and self.seconds >= b.seconds
+        )
+
+    def run(
+        self,
+        report: Report = lambda row: None,
+        on_step: Callable[[int], None] = lambda step: None,
+        stop: Callable[[], bool] = lambda: False,
+        phase: Callable[[str], Any] | None = None,
+    ) -> bool:
+        """Rounds until the budget is spent; True then, False if `stop` asked to end before.
+
+        `report` is called at the end of every round, when the state is consistent and may be saved.
+        """
+        rounds, timed = self.rounds, phase or _untimed
+        begun, before = time.monotonic(), self.seconds
+
+        def spent() -> bool:
+            late = self.budget.seconds is not None and before + time.monotonic() - begun >= self.budget.seconds
+            on_step(self.steps_done)
+            return stop() or late
+
+        while not self.finished():
+            left = None if self.budget.steps is None else self.budget.steps - self.steps_done
+            with timed("extraction"):
+                metrics = rounds.extract(left, spent)
+            if stop():
+                return False
+            with timed("real episodes"):
+                metrics |= rounds.look_at_reality()
+            with timed("model learning"):
+                model = rounds.learn_model(spent)
+            if stop():
+                return False
+            rounds.finish_round()
+            self.seconds = before + time.monotonic() - begun
+            self._schedule()
+            row = {"round": rounds.rounds_done, "step": self.steps_done, "seconds": self.seconds, **metrics, **model}
+            report({**row, "best_return": rounds.best_return.copy(), "diverged": rounds.diverged()})
+            if rounds.diverged().all():
+                break
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rounds": self.rounds.state_dict(), "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rounds.load_state_dict(state["rounds"])
+        self.seconds = float(state["seconds"])
+        self._schedule()
+
+
+class _untimed:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def make_job(
+    task: str,
+    world_model: WorldModel,
+    data: EpisodeStore,
+    seeds: Sequence[int],
+    budget: Budget,
+    replay: Path,
+    extraction: ExtractionConfig,
+    rounds: RoundConfig,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Job:
+    """A job for one task and several seeds. Raises ValueError where model, data and task do not fit each other."""
+    from pwm_fast.envs import registry
+
+    row = registry.get(task)
+    want = (row.obs_dim, row.action_dim)
+    found = (world_model.config.obs_dim, world_model.config.action_dim)
+    if found != want:
+        trained = world_model.provenance.get("task", "another task")
+        raise ValueError(
+            f"the world model has {found[0]} observations and {found[1]} actions, task {task} has {want[0]} and "
+            f"{want[1]}: it is for {trained}"
+        )
+    if (data.obs_dim, data.action_dim) != want:
+        raise ValueError(
+            f"the data has {data.obs_dim} observations and {data.action_dim} actions, task {task} has {want[0]} and "
+            f"{want[1]}: is it another task's?"
+        )
+    if extraction.terminations and not world_model.has_termination:
+        extraction = replace(extraction, terminations=False)
+    learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds))
+    return Job(ExtractionRounds(task, world_model, learner, data, replay, rounds, seed, threads), budget)
+
+
+def extract_policies(
+    world_model: WorldModel | str | Path,
+    data: EpisodeStore | str | Path,
+    tasks: Sequence[str],
+    seeds: int | Sequence[int] = 1,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    finetune: bool = True,
+    config: ExtractionConfig | str = "fast",
+    rounds: RoundConfig | None = None,
+    report: Report = lambda row: None,
+) -> dict[str, list[Policy]]:
+    """Learn policies from a world model: for every task a list with the best policy of each seed.
+
+    `seeds` is how many, or which. `minutes` or `steps` bound each task (default 10 minutes). `config` is a preset's
+    name or a configuration; `finetune` lets the world model learn from the policies' own real episodes.
+    Raises ValueError (unknown task, wrong shapes), FileNotFoundError (model or data missing).
+    """
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    store = data if isinstance(data, EpisodeStore) else EpisodeStore.open(data)
+    budget = Budget(steps, None if minutes is None and steps is not None else 60.0 * (minutes or 10.0))
+    setting = preset(config) if isinstance(config, str) else config
+    each = rounds or RoundConfig()
+    out: dict[str, list[Policy]] = {}
+    for task in tasks:
+        model = WorldModel.load(world_model) if not isinstance(world_model, WorldModel) else world_model.copy()
+        with tempfile.TemporaryDirectory() as folder:
+            job = make_job(
+                task, model, store, chosen, budget, Path(folder) / "replay", setting,
+                each if finetune else replace(each, model_steps=0),
+            )  # fmt: skip
+            job.run(report)
+            out[task] = job.rounds.best()
+    return out
+
