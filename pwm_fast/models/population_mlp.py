@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels import mish_layernorm
+from pwm_fast.kernels import linear, mish_layernorm
 from pwm_fast.models.parameters import FlatParameters
 
 EPS = 1e-5
@@ -84,12 +84,12 @@ class PopulationMLP:
         p = self.parameters
         hidden = []
         for i in range(self.depth - 1):
-            pre = torch.baddbmm(p[f"{i}.bias"][:, None], x, p[f"{i}.weight"].transpose(1, 2))
+            pre = linear.forward(x, p[f"{i}.weight"], p[f"{i}.bias"])
             y, mean, rstd = mish_layernorm.forward(pre, p[f"{i}.ln.weight"], p[f"{i}.ln.bias"], EPS)
             hidden.append(Hidden(x, pre, mean, rstd))
             x = y
         last = self.depth - 1
-        out = torch.baddbmm(p[f"{last}.bias"][:, None], x, p[f"{last}.weight"].transpose(1, 2))
+        out = linear.forward(x, p[f"{last}.weight"], p[f"{last}.bias"])
         return out, Activations(hidden, x)
 
     def backward(self, dy: Tensor, saved: Activations) -> None:
@@ -115,8 +115,8 @@ class PopulationMLP:
                     g[f"{i}.ln.weight"].copy_(dgain)
                     g[f"{i}.ln.bias"].copy_(dshift)
             if weights:
-                torch.bmm(dy.transpose(1, 2), x, out=g[f"{i}.weight"])
-                torch.sum(dy, 1, out=g[f"{i}.bias"])
+                linear.weight_grad(dy, x, out=g[f"{i}.weight"])
+                linear.bias_grad(dy, out=g[f"{i}.bias"])
             if i or inputs:
-                dy = torch.bmm(dy, p[f"{i}.weight"])
+                dy = linear.input_grad(dy, p[f"{i}.weight"])
         return dy if inputs else None
