@@ -6,7 +6,6 @@ With the episodes and the seed of the run's own evaluation (the default) it repr
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ EPISODES = 16
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class Options:
     """Evaluate the policies of a run folder in the real simulator."""
 
     run: Annotated[str, tyro.conf.Positional]
@@ -100,7 +99,7 @@ def comparison(summary: dict[str, Any], recorded: dict[str, Any] | None) -> str:
     return f"differs from summary.json by up to {difference:.3g}: another machine or other versions"
 
 
-def evaluate(options: EvaluateOptions) -> int:
+def main(options: Options) -> int:
     console = make_console()
     summary, recorded = evaluate_run(options.run, options.episodes, options.seed, options.threads)
     console.rule(Text(f"{summary['task']} ({options.run})", style="bold"), align="left")
@@ -126,9 +125,5 @@ def write_gif(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(EvaluateOptions, evaluate, "pwm_fast.evaluate", argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, main, "pwm_fast.evaluate"))

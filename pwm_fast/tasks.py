@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
@@ -14,20 +12,22 @@ from rich.text import Text
 from pwm_fast.envs import registry
 from pwm_fast.errors import run_command
 from pwm_fast.progress import make_console, number_text
+from pwm_fast.shipped import cached, shipped
 
 
 @dataclass(frozen=True)
-class TasksOptions:
+class Options:
     """List the tasks."""
 
     set: str | None = None
     """Only the tasks of this set, e.g. dflex."""
 
 
-def shipped_model(task: str) -> Path | None:
-    """The world model that comes with the package for a task, None where there is none."""
-    path = Path(str(resources.files("pwm_fast"))) / "assets" / task / "world_model.safetensors"
-    return path if path.is_file() else None
+def model_text(task: str) -> Text:
+    """Where the task's world model comes from."""
+    if shipped(task):
+        return Text("shipped", style="green")
+    return Text("in this user's cache", style="green") if cached(task) else Text("learned on first use")
 
 
 def tasks_table(names: Sequence[str]) -> Table:
@@ -48,16 +48,16 @@ def tasks_table(names: Sequence[str]) -> Table:
             str(task.action_dim),
             str(task.episode_length),
             *("-" if value is None else number_text(value) for value in values),
-            Text("shipped", style="green") if shipped_model(name) else "learned on first use",
+            model_text(name),
         )
     return table
 
 
-def tasks(options: TasksOptions) -> int:
+def main(options: Options) -> int:
     console = make_console()
     names = registry.names(options.set)
     console.print(tasks_table(names))
-    example = next((name for name in names if shipped_model(name)), names[0])
+    example = next((name for name in names if shipped(name)), names[0])
     console.print()
     console.print(
         Text("obs, action: entries; steps: length of an episode; random, paper: real return of a random policy")
@@ -67,9 +67,5 @@ def tasks(options: TasksOptions) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command(TasksOptions, tasks, "pwm_fast.tasks", argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(Options, main, "pwm_fast.tasks"))

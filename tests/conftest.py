@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -63,3 +64,15 @@ def tiny_policies(tiny_world_model: Path) -> list:
 def command_environment() -> dict[str, str]:
     """Variables for commands in processes of their own: one thread, plain output."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200", "PWM_FAST_DEBUG": ""}
+
+
+@pytest.fixture
+def call() -> Callable[..., int]:
+    """Run a command in this process: call("evaluate", "RUN", "--seed", 5) is its exit code."""
+    from pwm_fast.errors import run_command
+
+    def run(command: str, *arguments: object) -> int:
+        module = import_module(f"pwm_fast.{command}")
+        return run_command(module.Options, module.main, f"pwm_fast.{command}", [str(a) for a in arguments])
+
+    return run

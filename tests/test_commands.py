@@ -41,8 +41,8 @@ def run(tmp_path: Path, tiny_policies) -> RunFolder:
     return folder
 
 
-def test_evaluate_reproduces_the_summary_bit_for_bit(run: RunFolder, capsys):
-    assert evaluate.main([str(run.path)]) == 0
+def test_evaluate_reproduces_the_summary_bit_for_bit(run: RunFolder, capsys, call):
+    assert call("evaluate", run.path) == 0
     shown = capsys.readouterr().out
     assert "reproduces summary.json exactly" in shown
     assert "2 seeds x 3 episodes" in shown and "the paper's PWM" in shown
@@ -54,30 +54,30 @@ def test_evaluate_does_not_depend_on_threads(run: RunFolder):
     assert one["returns"] == two["returns"] == recorded["returns"]
 
 
-def test_evaluate_takes_other_episodes_and_seeds(run: RunFolder, capsys):
-    assert evaluate.main([str(run.path), "--episodes", "2", "--seed", "5"]) == 0
+def test_evaluate_takes_other_episodes_and_seeds(run: RunFolder, capsys, call):
+    assert call("evaluate", run.path, "--episodes", "2", "--seed", "5") == 0
     assert "other episodes or seed" in capsys.readouterr().out
     summary, recorded = evaluate.evaluate_run(run.path, episodes=2, seed=5)
     assert np.shape(summary["returns"]) == (2, 2)
     assert summary["return_mean"] != recorded["return_mean"]
 
 
-def test_evaluate_names_a_changed_result(run: RunFolder, capsys):
+def test_evaluate_names_a_changed_result(run: RunFolder, capsys, call):
     summary = json.loads(run.file("summary.json").read_text())
     summary["returns"][0][0] += 0.5
     run.write_summary(summary)
-    assert evaluate.main([str(run.path)]) == 0
+    assert call("evaluate", run.path) == 0
     assert "differs from summary.json by up to 0.5" in capsys.readouterr().out
 
 
-def test_evaluate_takes_a_folder_with_one_policy(run: RunFolder, capsys):
-    assert evaluate.main([str(run.path / "seed_4"), "--episodes", "2"]) == 0
+def test_evaluate_takes_a_folder_with_one_policy(run: RunFolder, capsys, call):
+    assert call("evaluate", run.path / "seed_4", "--episodes", "2") == 0
     assert "no summary.json to compare with" in capsys.readouterr().out
 
 
-def test_evaluate_draws_the_rollout(run: RunFolder):
+def test_evaluate_draws_the_rollout(run: RunFolder, call):
     pytest.importorskip("pwm_fast.envs.dflex.rendering")
-    assert evaluate.main([str(run.path), "--gif"]) == 0
+    assert call("evaluate", run.path, "--gif") == 0
     gif = Image.open(run.file("rollout.gif"))
     assert gif.n_frames > 3 and min(gif.size) >= 120
     assert run.file("rollout.gif").stat().st_size < 3_000_000
@@ -94,30 +94,30 @@ def test_evaluate_draws_the_rollout(run: RunFolder):
         ("zero episodes", "episodes must be > 0, got 0"),
     ],
 )
-def test_evaluate_names_what_is_wrong(run: RunFolder, damage: str, text: str, capsys):
-    arguments = [str(run.path / "seed_3")]
+def test_evaluate_names_what_is_wrong(run: RunFolder, damage: str, text: str, capsys, call):
+    arguments = [run.path / "seed_3"]
     if damage == "no run":
-        arguments = [str(run.path / "absent")]
+        arguments = [run.path / "absent"]
     elif damage == "no policy":
-        arguments = [str(run.path.parent)]
+        arguments = [run.path.parent]
     elif damage == "truncated policy":
         weights = run.path / "seed_3" / "policy.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "damaged summary":
         run.file("summary.json").write_text("{")
-        arguments = [str(run.path)]
+        arguments = [run.path]
     elif damage == "unknown task":
         description = run.path / "seed_3" / "policy.json"
         description.write_text(description.read_text().replace('"hopper"', '"hoper"'))
     else:
         arguments += ["--episodes", "0"]
-    assert evaluate.main(arguments) == 2
+    assert call("evaluate", *arguments) == 2
     shown = capsys.readouterr().err
     assert text in shown and shown.startswith("error: ") and shown.count("\n") == 1
 
 
-def test_tasks_lists_every_task_with_the_papers_return(capsys):
-    assert tasks.main([]) == 0
+def test_tasks_lists_every_task_with_the_papers_return(capsys, call):
+    assert call("tasks") == 0
     shown = capsys.readouterr().out
     for name in registry.names():
         row = next(line for line in shown.splitlines() if line.startswith(name))
@@ -127,25 +127,26 @@ def test_tasks_lists_every_task_with_the_papers_return(capsys):
     assert "python -m pwm_fast.extract --task" in shown
 
 
-def test_tasks_suggests_the_nearest_set(capsys):
-    assert tasks.main(["--set", "dflx"]) == 2
+def test_tasks_suggests_the_nearest_set(capsys, call):
+    assert call("tasks", "--set", "dflx") == 2
     assert "did you mean 'dflex'?" in capsys.readouterr().err
 
 
-def test_tasks_says_which_world_models_are_shipped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(tasks, "shipped_model", lambda name: tmp_path if name == "ant" else None)
+def test_tasks_says_where_world_models_come_from(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tasks, "shipped", lambda name: tmp_path if name == "ant" else None)
+    monkeypatch.setattr(tasks, "cached", lambda name: tmp_path if name == "anymal" else None)
     console = make_console(width=120)
     with console.capture() as capture:
-        console.print(tasks.tasks_table(["hopper", "ant"]))
-    hopper, ant = capture.get().splitlines()[1:3]
-    assert "learned on first use" in hopper and "shipped" in ant
+        console.print(tasks.tasks_table(["hopper", "ant", "anymal"]))
+    hopper, ant, anymal = capture.get().splitlines()[1:4]
+    assert "learned on first use" in hopper and "shipped" in ant and "cache" in anymal
 
 
 def test_tasks_needs_neither_torch_nor_warp(command_environment):
-    program = (
-        "import sys; from pwm_fast import tasks; tasks.main([]); print(sorted({'torch', 'warp'} & set(sys.modules)))"
-    )
+    """It answers at once."""
+    program = "from sys import modules; from pwm_fast import tasks; tasks.main(tasks.Options()); "
+    program += "print({'torch', 'warp'} & set(modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], env=command_environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == "set()"
