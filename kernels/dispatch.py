@@ -25,16 +25,3 @@ def native_for(choice: str | None, *tensors: Tensor) -> Any | None:
                 raise TypeError(f"native kernels take float32 on cpu, got {tensor.dtype} on {tensor.device}")
             return None
     return backend.native
-
-
-def check_rows(x: Tensor, w: Tensor, b: Tensor) -> tuple[int, int, int]:
-    """(G, R, N) of grouped rows x [G, R, N] with w and b [G, N]; raises ValueError on other shapes."""
-    if x.dim() != 3:
-        raise ValueError(f"x must be grouped rows [G, R, N], got shape {tuple(x.shape)}")
-    groups, rows, columns = x.shape
-    for name, value in (("weight", w), ("bias", b)):
-        if value.shape != (groups, columns):
-            raise ValueError(
-                f"{name} must have shape {(groups, columns)} for x {tuple(x.shape)}, got {tuple(value.shape)}"
-            )
-    return groups, rows, columns

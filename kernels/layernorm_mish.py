@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pwm_fast.kernels.dispatch import check_rows, native_for
+from pwm_fast.kernels.dispatch import native_for
 from pwm_fast.kernels.layernorm import layernorm, normalise, normalise_backward, renormalise
 from pwm_fast.kernels.mish import mish, mish_forward, mish_slope
+from pwm_fast.kernels.rows import Backward, Forward, check_rows, into, native_backward, native_forward
 
 
 def layernorm_mish(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -22,15 +23,21 @@ def layernorm_mish(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor
     return mish(layernorm(x, w, b, eps))
 
 
-def forward_torch(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def forward_torch(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Forward:
     """`forward` in plain torch."""
     normalised, mean, rstd = normalise(x, eps)
     return mish_forward(torch.addcmul(b[:, None], normalised, w[:, None])), mean, rstd
 
 
 def backward_torch(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor, b: Tensor, need_weight_grad: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    b: Tensor,
+    need_weight_grad: bool = True,
+) -> Backward:
     """`backward` in plain torch."""
     normalised = renormalise(x, mean, rstd)
     du = dy * mish_slope(torch.addcmul(b[:, None], normalised, w[:, None]))
@@ -42,19 +49,22 @@ def backward_torch(
 
 @torch.no_grad()
 def forward(
-    x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [G, R, N], and the mean and reciprocal standard deviation [G, R] that `backward` needs. No autograd graph."""
-    groups, rows, columns = check_rows(x, w, b)
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    eps: float = 1e-5,
+    backend: str | None = None,
+    out: Forward | None = None,
+) -> Forward:
+    """y [G, R, N], and the mean and reciprocal standard deviation [G, R] that `backward` needs. No autograd graph.
+
+    `out` holds tensors for these three, where given.
+    """
+    check_rows(x, w, b)
     native = native_for(backend, x, w, b)
     if native is None:
-        return forward_torch(x, w, b, eps)
-    x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
-    y, mean, rstd = torch.empty_like(x), x.new_empty(groups, rows), x.new_empty(groups, rows)
-    native.layernorm_mish_forward(
-        *(t.data_ptr() for t in (x, w, b, y, mean, rstd)), groups, rows, columns, eps, torch.get_num_threads()
-    )
-    return y, mean, rstd
+        return into(out, forward_torch(x, w, b, eps))
+    return native_forward(native.layernorm_mish_forward, x, w, b, eps, out)
 
 
 @torch.no_grad()
@@ -67,25 +77,18 @@ def backward(
     b: Tensor,
     need_weight_grad: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx [G, R, N]; dw and db [G, N], or None where `need_weight_grad` is off (frozen weights)."""
-    groups, rows, columns = check_rows(x, w, b)
-    native = native_for(backend, dy, x, mean, rstd, w, b)
+    out: Tensor | None = None,
+) -> Backward:
+    """dx [G, R, N]; dw and db [G, N], or None where `need_weight_grad` is off (frozen weights).
+
+    `out`, where given, receives dx; it may be dy itself.
+    """
+    check_rows(x, w, b)
+    native = native_for(backend, dy, x, mean, rstd, w)
     if native is None:
-        return backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
-    dy, x, mean, rstd, w, b = (t.contiguous() for t in (dy, x, mean, rstd, w, b))
-    dx = torch.empty_like(x)
-    dw, db = (torch.empty_like(w), torch.empty_like(b)) if need_weight_grad else (None, None)
-    native.layernorm_mish_backward(
-        *(t.data_ptr() for t in (dy, x, mean, rstd, w, b, dx)),
-        0 if dw is None else dw.data_ptr(),
-        0 if db is None else db.data_ptr(),
-        groups,
-        rows,
-        columns,
-        torch.get_num_threads(),
-    )
-    return dx, dw, db
+        dx, dw, db = backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
+        return into((out,), (dx,))[0], dw, db
+    return native_backward(native.layernorm_mish_backward, (dy, x, mean, rstd, w, b), w, need_weight_grad, out)
 
 
 class _LayerNormMish(torch.autograd.Function):
@@ -98,8 +101,8 @@ class _LayerNormMish(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         x, mean, rstd, w, b = ctx.saved_tensors
+        weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         return (*backward(dy, x, mean, rstd, w, b, weight_grad), None)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pwm_fast.kernels.dispatch import check_rows, native_for
+from pwm_fast.kernels.dispatch import native_for
 from pwm_fast.kernels.layernorm import layernorm, normalise, normalise_backward, renormalise
+from pwm_fast.kernels.rows import Backward, Forward, check_rows, into, native_backward, native_forward
 
 
 def simnorm(x: Tensor, group: int = 8) -> Tensor:
@@ -29,7 +30,7 @@ def layernorm_simnorm(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: floa
     return simnorm(layernorm(x, w, b, eps), group)
 
 
-def forward_torch(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def forward_torch(x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5) -> Forward:
     """`forward` in plain torch."""
     normalised, mean, rstd = normalise(x, eps)
     return simnorm(torch.addcmul(b[:, None], normalised, w[:, None]), group), mean, rstd
@@ -45,12 +46,12 @@ def backward_torch(
     b: Tensor,
     need_weight_grad: bool = True,
     group: int = 8,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Backward:
     """`backward` in plain torch."""
     normalised = renormalise(x, mean, rstd)
     weighted = dy * y
-    mean_gradient = weighted.unflatten(-1, (-1, group)).sum(-1, keepdim=True).expand(-1, -1, -1, group).flatten(-2)
-    du = weighted - y * mean_gradient
+    share = weighted.unflatten(-1, (-1, group)).sum(-1).repeat_interleave(group, -1)
+    du = weighted - y * share
     dx = normalise_backward(du * w[:, None], normalised, rstd)
     if not need_weight_grad:
         return dx, None, None
@@ -59,22 +60,23 @@ def backward_torch(
 
 @torch.no_grad()
 def forward(
-    x: Tensor, w: Tensor, b: Tensor, group: int = 8, eps: float = 1e-5, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    group: int = 8,
+    eps: float = 1e-5,
+    backend: str | None = None,
+    out: Forward | None = None,
+) -> Forward:
     """y [G, R, N], and the mean and reciprocal standard deviation [G, R] that `backward` needs. No autograd graph.
 
-    The native version knows groups of 8 only; others run in torch.
+    `out` holds tensors for these three, where given. The native kernel knows groups of 8; others run in torch.
     """
-    groups, rows, columns = check_rows(x, w, b)
+    check_rows(x, w, b)
     native = native_for(backend, x, w, b)
-    if native is None or group != 8 or columns % 8:
-        return forward_torch(x, w, b, group, eps)
-    x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
-    y, mean, rstd = torch.empty_like(x), x.new_empty(groups, rows), x.new_empty(groups, rows)
-    native.layernorm_simnorm_forward(
-        *(t.data_ptr() for t in (x, w, b, y, mean, rstd)), groups, rows, columns, eps, torch.get_num_threads()
-    )
-    return y, mean, rstd
+    if native is None or group != 8 or x.shape[2] % 8:
+        return into(out, forward_torch(x, w, b, group, eps))
+    return native_forward(native.layernorm_simnorm_forward, x, w, b, eps, out)
 
 
 @torch.no_grad()
@@ -89,25 +91,18 @@ def backward(
     need_weight_grad: bool = True,
     group: int = 8,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx [G, R, N]; dw and db [G, N], or None where `need_weight_grad` is off (frozen weights). y is forward's."""
-    groups, rows, columns = check_rows(x, w, b)
-    native = native_for(backend, dy, y, x, mean, rstd, w, b)
-    if native is None or group != 8 or columns % 8:
-        return backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
-    dy, y, x, mean, rstd, w = (t.contiguous() for t in (dy, y, x, mean, rstd, w))
-    dx = torch.empty_like(x)
-    dw, db = (torch.empty_like(w), torch.empty_like(w)) if need_weight_grad else (None, None)
-    native.layernorm_simnorm_backward(
-        *(t.data_ptr() for t in (dy, y, x, mean, rstd, w, dx)),
-        0 if dw is None else dw.data_ptr(),
-        0 if db is None else db.data_ptr(),
-        groups,
-        rows,
-        columns,
-        torch.get_num_threads(),
-    )
-    return dx, dw, db
+    out: Tensor | None = None,
+) -> Backward:
+    """dx [G, R, N]; dw and db [G, N], or None where `need_weight_grad` is off (frozen weights). y is `forward`'s.
+
+    `out`, where given, receives dx; it may be dy itself.
+    """
+    check_rows(x, w, b)
+    native = native_for(backend, dy, y, x, mean, rstd, w)
+    if native is None or group != 8 or x.shape[2] % 8:
+        dx, dw, db = backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
+        return into((out,), (dx,))[0], dw, db
+    return native_backward(native.layernorm_simnorm_backward, (dy, y, x, mean, rstd, w), w, need_weight_grad, out)
 
 
 class _LayerNormSimNorm(torch.autograd.Function):
@@ -121,8 +116,8 @@ class _LayerNormSimNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         y, x, mean, rstd, w, b = ctx.saved_tensors
+        weight_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         return (*backward(dy, y, x, mean, rstd, w, b, weight_grad, ctx.group), None, None)
 
 

@@ -31,7 +31,7 @@ def _position(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tenso
     if num_bins < 2 or not vmin < vmax:
         raise ValueError(f"two-hot needs num_bins >= 2 and vmin < vmax, got {num_bins} bins on [{vmin}, {vmax}]")
     place = (x.clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
-    lower = place.floor().clamp(0, num_bins - 2)
+    lower = place.floor().nan_to_num(0.0).clamp(0, num_bins - 2)  # NaN: bin 0 with weight NaN, shown by the loss
     return lower.long(), place - lower
 
 

@@ -1,0 +1,277 @@
+// Splits the row kernels over groups, chunks of rows and threads, and puts them before Python. Arrays come as addresses
+// (tensor.data_ptr()), float32 and contiguous; pwm_fast/kernels checks that. The GIL is released while a kernel runs.
+//
+// Results do not depend on the number of threads: chunks depend on the shape alone, and sums over chunks (weight
+// gradients, norms) are added up in order.
+#include "elementwise.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "elementwise_table.hpp"
+#include "elementwise_threads.hpp"
+
+namespace py = pybind11;
+
+namespace pwm_fast {
+namespace {
+
+using Address = std::uintptr_t;
+
+const float* in(Address address) { return reinterpret_cast<const float*>(address); }
+float* out(Address address) { return reinterpret_cast<float*>(address); }
+
+struct Isa {
+    const char* name;
+    const ElementwiseTable* table;
+};
+
+// What this machine can run, best first.
+const std::vector<Isa>& available() {
+    static const std::vector<Isa> list = [] {
+        std::vector<Isa> found;
+#ifdef PWM_FAST_X86
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        if (avx2 && avx512) found.push_back({"avx512", &elementwise_avx512()});
+        if (avx2) found.push_back({"avx2", &elementwise_avx2()});
+#endif
+        found.push_back({"portable", &elementwise_portable()});
+        return found;
+    }();
+    return list;
+}
+
+Isa& selected() {
+    static Isa isa = available().front();
+    return isa;
+}
+
+const ElementwiseTable& table() { return *selected().table; }
+
+void set_isa(const std::string& name) {
+    std::string known;
+    for (const Isa& isa : available()) {
+        if (name == isa.name) {
+            selected() = isa;
+            return;
+        }
+        known += std::string(known.empty() ? "" : ", ") + isa.name;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' cannot run here; available: " + known);
+}
+
+constexpr int64_t kWorkPerThread = 1 << 15;  // elements, some 20 us: less is done sooner than a thread wakes up
+
+int useful_threads(int64_t elements, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(elements / kWorkPerThread, 1, std::max(threads, 1)));
+}
+
+// Rows [begin, end) of each group as one task.
+struct RowTasks {
+    int64_t groups, rows, columns, rows_per_chunk, chunks;
+
+    RowTasks(int64_t groups, int64_t rows, int64_t columns, int64_t rows_per_chunk)
+        : groups(groups),
+          rows(rows),
+          columns(columns),
+          rows_per_chunk(std::max<int64_t>(rows_per_chunk, 1)),
+          chunks((rows + this->rows_per_chunk - 1) / this->rows_per_chunk) {}
+
+    // Calls work(group, chunk, first row counted over all groups, number of rows, slot).
+    template <typename Work>
+    void run(int threads, const Work& work) const {
+        WorkerPool::instance().run(groups * chunks, threads, [&](int64_t task, int slot) {
+            const int64_t group = task / chunks, chunk = task % chunks, begin = chunk * rows_per_chunk;
+            work(group, chunk, group * rows + begin, std::min(rows - begin, rows_per_chunk), slot);
+        });
+    }
+};
+
+constexpr int64_t kElementsPerChunk = 1 << 14;
+
+template <ElementwiseTable::RowForward ElementwiseTable::*kKernel>
+void row_forward(Address x, Address w, Address b, Address y, Address mean, Address rstd, int64_t groups, int64_t rows,
+                 int64_t columns, float eps, int threads) {
+    const RowTasks tasks(groups, rows, columns, kElementsPerChunk / std::max<int64_t>(columns, 1));
+    const auto kernel = table().*kKernel;
+    tasks.run(useful_threads(groups * rows * columns, threads),
+              [&](int64_t group, int64_t, int64_t row, int64_t count, int) {
+                  kernel(in(x) + row * columns, in(w) + group * columns, in(b) + group * columns,
+                         out(y) + row * columns, out(mean) + row, out(rstd) + row, count, columns, eps);
+              });
+}
+
+// dw and db are 0 where no weight gradients are wanted. Otherwise every chunk of rows sums its own, and the chunks are
+// then added in order; 16 chunks of at least 16 rows keep that extra work below a tenth.
+template <ElementwiseTable::RowBackward ElementwiseTable::*kKernel>
+void row_backward(Address dy, Address y, Address x, Address mean, Address rstd, Address w, Address b, Address dx,
+                  Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+    const bool weights = dw != 0;
+    const int64_t rows_per_chunk =
+        weights ? std::max<int64_t>((rows + 15) / 16, 16) : kElementsPerChunk / std::max<int64_t>(columns, 1);
+    const RowTasks tasks(groups, rows, columns, rows_per_chunk);
+    const int used = useful_threads(groups * rows * columns, threads);
+    std::vector<float> scratch(static_cast<size_t>(used * 2 * columns));
+    std::vector<float> sums(weights ? static_cast<size_t>(groups * tasks.chunks * 2 * columns) : 0);
+    const auto kernel = table().*kKernel;
+    tasks.run(used, [&](int64_t group, int64_t chunk, int64_t row, int64_t count, int slot) {
+        const int64_t at = row * columns, of_group = group * columns;
+        float* sum = weights ? sums.data() + (group * tasks.chunks + chunk) * 2 * columns : nullptr;
+        kernel(in(dy) + at, y ? in(y) + at : nullptr, in(x) + at, in(mean) + row, in(rstd) + row, in(w) + of_group,
+               b ? in(b) + of_group : nullptr, out(dx) + at, sum, weights ? sum + columns : nullptr,
+               scratch.data() + slot * 2 * columns, count, columns);
+    });
+    if (!weights) return;
+    for (int64_t group = 0; group < groups; ++group) {
+        float* const dw_group = out(dw) + group * columns;
+        float* const db_group = out(db) + group * columns;
+        std::fill_n(dw_group, columns, 0.0f);
+        std::fill_n(db_group, columns, 0.0f);
+        for (int64_t chunk = 0; chunk < tasks.chunks; ++chunk) {
+            const float* sum = sums.data() + (group * tasks.chunks + chunk) * 2 * columns;
+            table().add(dw_group, sum, columns);
+            table().add(db_group, sum + columns, columns);
+        }
+    }
+}
+
+void layernorm_mish_backward(Address dy, Address x, Address mean, Address rstd, Address w, Address b, Address dx,
+                             Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+    row_backward<&ElementwiseTable::layernorm_mish_backward>(dy, 0, x, mean, rstd, w, b, dx, dw, db, groups, rows,
+                                                             columns, threads);
+}
+
+void mish_layernorm_backward(Address dy, Address x, Address mean, Address rstd, Address w, Address dx, Address dw,
+                             Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+    row_backward<&ElementwiseTable::mish_layernorm_backward>(dy, 0, x, mean, rstd, w, 0, dx, dw, db, groups, rows,
+                                                             columns, threads);
+}
+
+void layernorm_simnorm_backward(Address dy, Address y, Address x, Address mean, Address rstd, Address w, Address dx,
+                                Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+    row_backward<&ElementwiseTable::layernorm_simnorm_backward>(dy, y, x, mean, rstd, w, 0, dx, dw, db, groups, rows,
+                                                                columns, threads);
+}
+
+// Calls work(first row, number of rows) over rows of `bins` logits.
+template <typename Work>
+void over_rows(int64_t rows, int64_t bins, int threads, const Work& work) {
+    const RowTasks tasks(1, rows, bins, kElementsPerChunk / std::max<int64_t>(bins, 1));
+    tasks.run(useful_threads(rows * bins, threads),
+              [&](int64_t, int64_t, int64_t row, int64_t count, int) { work(row, count); });
+}
+
+void two_hot_expectation_forward(Address logits, Address value, int64_t rows, int64_t bins, float vmin, float vmax,
+                                 int threads) {
+    over_rows(rows, bins, threads, [&](int64_t row, int64_t count) {
+        table().expectation_forward(in(logits) + row * bins, out(value) + row, count, bins, vmin, vmax);
+    });
+}
+
+void two_hot_expectation_backward(Address dvalue, Address logits, Address dlogits, int64_t rows, int64_t bins,
+                                  float vmin, float vmax, int threads) {
+    over_rows(rows, bins, threads, [&](int64_t row, int64_t count) {
+        table().expectation_backward(in(dvalue) + row, in(logits) + row * bins, out(dlogits) + row * bins, count, bins,
+                                     vmin, vmax);
+    });
+}
+
+void two_hot_cross_entropy_forward(Address logits, Address target, Address loss, int64_t rows, int64_t bins, float vmin,
+                                   float vmax, int threads) {
+    over_rows(rows, bins, threads, [&](int64_t row, int64_t count) {
+        table().cross_entropy_forward(in(logits) + row * bins, in(target) + row, out(loss) + row, count, bins, vmin,
+                                      vmax);
+    });
+}
+
+void two_hot_cross_entropy_backward(Address dloss, Address logits, Address target, Address dlogits, int64_t rows,
+                                    int64_t bins, float vmin, float vmax, int threads) {
+    over_rows(rows, bins, threads, [&](int64_t row, int64_t count) {
+        table().cross_entropy_backward(in(dloss) + row, in(logits) + row * bins, in(target) + row,
+                                       out(dlogits) + row * bins, count, bins, vmin, vmax);
+    });
+}
+
+void td_lambda(Address reward, Address next_value, Address continues, Address result, int64_t horizon, int64_t columns,
+               double gamma, double lambda) {
+    table().td_lambda(in(reward), in(next_value), continues ? in(continues) : nullptr, out(result), horizon, columns,
+                      columns, static_cast<float>(gamma), static_cast<float>(lambda));
+}
+
+// One clipped Adam step per row (kernels/clip_adam.py): norms first, then one pass that scales, averages and updates.
+void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
+               int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
+    const int64_t chunks = (count + kElementsPerChunk - 1) / kElementsPerChunk;
+    const int used = useful_threads(policies * count, threads);
+    std::vector<double> squares(static_cast<size_t>(policies * chunks));
+    WorkerPool& pool = WorkerPool::instance();
+    const auto size_of = [&](int64_t chunk) { return std::min(count - chunk * kElementsPerChunk, kElementsPerChunk); };
+    pool.run(policies * chunks, used, [&](int64_t task, int) {
+        const int64_t policy = task / chunks, chunk = task % chunks;
+        squares[task] =
+            table().sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
+    });
+
+    std::vector<AdamConstants> constants(static_cast<size_t>(policies));
+    std::vector<char> update(static_cast<size_t>(policies));
+    for (int64_t policy = 0; policy < policies; ++policy) {
+        double total = 0.0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += squares[policy * chunks + chunk];
+        const double length = std::sqrt(total);
+        out(norm)[policy] = static_cast<float>(length);
+        update[policy] = reinterpret_cast<const bool*>(active)[policy] && std::isfinite(out(norm)[policy]);
+        if (!update[policy]) continue;
+        const double t = static_cast<double>(++reinterpret_cast<int64_t*>(step)[policy]);
+        constants[policy] = {static_cast<float>(std::min(1.0, max_norm / (length + 1e-6))),
+                             static_cast<float>(beta1),
+                             static_cast<float>(beta2),
+                             static_cast<float>(1.0 - beta1),
+                             static_cast<float>(1.0 - beta2),
+                             static_cast<float>(in(lr)[policy] / (1.0 - std::pow(beta1, t))),
+                             static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
+                             static_cast<float>(eps)};
+    }
+    pool.run(policies * chunks, used, [&](int64_t task, int) {
+        const int64_t policy = task / chunks, chunk = task % chunks;
+        if (!update[policy]) return;
+        const int64_t at = policy * count + chunk * kElementsPerChunk;
+        table().adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
+    });
+}
+
+}  // namespace
+}  // namespace pwm_fast
+
+void register_elementwise(py::module_& module) {
+    using namespace pwm_fast;
+    const auto define = [&](const char* name, auto function) {
+        module.def(name, function, py::call_guard<py::gil_scoped_release>());
+    };
+    define("layernorm_mish_forward", &row_forward<&ElementwiseTable::layernorm_mish_forward>);
+    define("layernorm_mish_backward", &layernorm_mish_backward);
+    define("mish_layernorm_forward", &row_forward<&ElementwiseTable::mish_layernorm_forward>);
+    define("mish_layernorm_backward", &mish_layernorm_backward);
+    define("layernorm_simnorm_forward", &row_forward<&ElementwiseTable::layernorm_simnorm_forward>);
+    define("layernorm_simnorm_backward", &layernorm_simnorm_backward);
+    define("two_hot_expectation_forward", &two_hot_expectation_forward);
+    define("two_hot_expectation_backward", &two_hot_expectation_backward);
+    define("two_hot_cross_entropy_forward", &two_hot_cross_entropy_forward);
+    define("two_hot_cross_entropy_backward", &two_hot_cross_entropy_backward);
+    define("td_lambda", &td_lambda);
+    define("clip_adam", &clip_adam);
+    module.def("isa", [] { return selected().name; }, "The instruction set that the elementwise kernels use.");
+    module.def("available_isas", [] {
+        py::list names;
+        for (const Isa& isa : available()) names.append(isa.name);
+        return names;
+    }, "What this machine can run, best first.");
+    module.def("set_isa", &set_isa, py::arg("name"),
+               "Forces an instruction set, for tests; raises ValueError where this machine lacks it.");
+}
