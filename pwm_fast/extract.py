@@ -34,6 +34,8 @@ from pwm_fast.shipped import Prepared, prepared
 
 EVALUATION_EPISODES, EVALUATION_SEED = 16, 10_000
 CLOSING_SECONDS = 40.0  # kept back for the last evaluation and the pictures
+PREPARATION_SHARE, PREPARATION_MINUTES = 0.6, 10.0  # of a run's time, where the world model has to be built first
+BUILT_SIZE = "1M"
 EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
 
 
@@ -57,8 +59,8 @@ class Options:
     """Let the world model learn from the policies' own real episodes."""
     preset: str = "fast"
     """What extraction computes: fast, paper, published-code."""
-    size: str = "5M"
-    """Size of a world model that has to be built first."""
+    size: str | None = None
+    """Size of a world model that has to be built first (default: 1M)."""
     device: str = "cpu"
     """cpu or cuda."""
     precision: Literal["fp32", "tf32"] = "fp32"
@@ -100,7 +102,7 @@ def check(options: Options) -> None:
     if options.seed < 0:
         raise ValueError(f"seed must be >= 0, got {options.seed}")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {options.device} asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
+        raise ValueError(f"device {options.device}: torch {torch.__version__} sees no GPU; use --device cpu")
     if options.precision != "fp32" and options.device == "cpu":
         raise ValueError(f"precision {options.precision} needs a GPU (--device cuda), got --device cpu")
     if (options.world_model is None) != (options.data is None):
@@ -123,7 +125,7 @@ def extract(options: Options, name: str) -> Path:
     with RunFolder(out, resume=options.resume) as folder, Interrupt() as interrupt:
         folder.begin(recorded(options, name), free=("out", "resume", "threads", "backend", "minutes"))
         with phases("set-up"):
-            found = source(options, name)
+            found = source(options, name, minutes, console)
             model = WorldModel.load(found.world_model, options.device)
             data = open_episodes(found.episodes, folder.file("data"))
             setting = preset(options.preset)
@@ -150,16 +152,16 @@ def recorded(options: Options, name: str) -> dict[str, Any]:
     return {**plain, "task": name}
 
 
-def source(options: Options, name: str) -> Prepared:
-    """The world model and data to use; raises FileNotFoundError with a mend where there is none."""
+def source(options: Options, name: str, minutes: float | None, console: Any) -> Prepared:
+    """The world model and data to use: those given, shipped, cached, or built now in part of the time."""
     if options.world_model is not None and options.data is not None:
         return Prepared(options.world_model, options.data, str(options.world_model))
     found = prepared(name)
     if found is None:
-        raise FileNotFoundError(
-            f"no world model for {name} yet: collect data (python -m pwm_fast.collect --task {name}), learn a model "
-            f"(python -m pwm_fast.pretrain --task {name} --data DIR) and give both by --world-model and --data"
-        )
+        from pwm_fast.learning.preparation import prepare
+
+        time = PREPARATION_SHARE * (minutes or PREPARATION_MINUTES)
+        found = prepare(name, time, options.size or BUILT_SIZE, options.seed, options.threads, console)
     return found
 
 

@@ -6,6 +6,7 @@ from worst to best, half precision, compressed. `unpack` makes an episode store 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -68,7 +69,7 @@ def unpack(path: str | Path, destination: str | Path) -> EpisodeStore:
             names = [str(n) for n in pack["task_names"]]
             row = np.concatenate([[0], np.cumsum(lengths)])
             with EpisodeWriter(destination, obs.shape[1], action.shape[1], task_names=names) as writer:
-                for i, (a, b) in enumerate(zip(row[:-1], row[1:], strict=True)):
+                for i, (a, b) in enumerate(pairwise(row)):
                     writer.add(obs[a + i : b + i + 1], action[a:b], reward[a:b], bool(pack["terminated"][i]))
     except (BadZipFile, KeyError, ValueError) as error:
         if isinstance(error, StoreError):

@@ -61,7 +61,7 @@ class _LatentRollout(torch.autograd.Function):
         inputs, linear, statistics = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
         horizon, latent = len(out) - 1, out.shape[2]
         d_linear = [torch.empty_like(x) for x in linear]
-        d_norm = [[torch.zeros_like(parameters[4 * i + 2]), torch.zeros_like(parameters[4 * i + 3])] for i in range(depth)]
+        d_norm = [[torch.zeros_like(p) for p in parameters[4 * i + 2 : 4 * i + 4]] for i in range(depth)]
         d_control = grad.new_empty(horizon, out.shape[1], inputs[0].shape[2] - latent)
         dz = grad[horizon]
         for h in reversed(range(horizon)):

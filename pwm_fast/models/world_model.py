@@ -1,7 +1,7 @@
-"""TD-MPC2's world model (Hansen et al. 2024, section 3): encoder, latent dynamics, reward head, optional termination head.
+"""TD-MPC2's world model (Hansen et al. 2024, section 3): encoder, latent dynamics, reward and termination heads.
 
-Every hidden layer is Linear -> LayerNorm -> Mish; encoder and dynamics end in Linear -> LayerNorm -> SimNorm. Inputs are
-concatenated as [obs, e], [z, e, a] and [z, e] with e the task embedding. Parameter names are TD-MPC2's without its
+Every hidden layer is Linear -> LayerNorm -> Mish; encoder and dynamics end in Linear -> LayerNorm -> SimNorm. Inputs
+are concatenated as [obs, e], [z, e, a] and [z, e] with e the task embedding. Parameter names are TD-MPC2's without its
 `state.` level, so its state dicts load by renaming.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class WorldModel(nn.Module):
         widths = [c.obs_dim + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1) + [c.latent_dim]
         last = len(widths) - 2
         self._encoder = nn.ModuleList(
-            NormedLinear(a, b, c.simnorm_dim if i == last else 0) for i, (a, b) in enumerate(zip(widths, widths[1:]))
+            NormedLinear(a, b, c.simnorm_dim if i == last else 0) for i, (a, b) in enumerate(pairwise(widths))
         )
         step_input = c.latent_dim + c.task_dim + c.action_dim
         self._dynamics = nn.ModuleList(
@@ -246,7 +247,7 @@ class WorldModel(nn.Module):
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{path} is no pwm_fast world model (format {header.get('format')!r})")
                 model = WorldModel(WorldModelConfig(**json.loads(header["config"])), json.loads(header["provenance"]))
-                model.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
+                model.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
         except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"world model {path} is damaged or of another version: {error}") from error
         for name, value in model.state_dict().items():

@@ -1,0 +1,63 @@
+"""Packs of episodes: variety kept, errors clear."""
+
+import numpy as np
+import pytest
+
+from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError
+from pwm_fast.data.packed import pack, unpack
+
+
+@pytest.fixture
+def store(tmp_path) -> EpisodeStore:
+    """40 episodes of 20 to 200 transitions; the reward is the episode's number, the odd ones end in a fall."""
+    random = np.random.default_rng(0)
+    with EpisodeWriter(tmp_path / "store", 5, 2, task_names=["thing"]) as writer:
+        for i in range(40):
+            length = int(random.integers(20, 200))
+            obs, action = random.normal(size=(length + 1, 5)), random.uniform(-1, 1, (length, 2))
+            writer.add(obs, action, np.full(length, float(i)), terminated=i % 2 == 1)
+    return EpisodeStore.open(tmp_path / "store")
+
+
+def test_a_pack_keeps_pieces_from_worst_to_best_and_falls(store, tmp_path):
+    count = pack(store, tmp_path / "p.npz", transitions=640, piece=32)
+    back = unpack(tmp_path / "p.npz", tmp_path / "back")
+    assert back.num_transitions == count
+    assert back.lengths.max() == 32 and back.num_episodes == 20
+    rewards = [back.episode(i)["reward"][0] for i in range(back.num_episodes)]
+    assert min(rewards) < 3 and max(rewards) > 30
+    falls = [bool(back.episode(i)["terminated"][-1]) for i in range(back.num_episodes)]
+    assert 0 < sum(falls) < len(falls)
+
+
+def test_every_piece_is_a_piece_of_an_episode(store, tmp_path):
+    pack(store, tmp_path / "p.npz", transitions=640, piece=32)
+    back = unpack(tmp_path / "p.npz", tmp_path / "back")
+    for i in range(back.num_episodes):
+        piece = back.episode(i)
+        whole = store.episode(int(piece["reward"][0]))
+        starts = np.flatnonzero(np.abs(whole["obs"][: -len(piece["reward"])] - piece["obs"][0]).max(1) < 2e-3)
+        assert len(starts) == 1
+        span = slice(starts[0], starts[0] + len(piece["reward"]))
+        np.testing.assert_allclose(piece["action"], whole["action"][span], atol=1e-3)
+        np.testing.assert_array_equal(piece["terminated"], whole["terminated"][span])
+
+
+def test_an_unpacked_store_is_used_again(store, tmp_path):
+    pack(store, tmp_path / "p.npz")
+    first = unpack(tmp_path / "p.npz", tmp_path / "back")
+    (tmp_path / "p.npz").unlink()
+    assert unpack(tmp_path / "p.npz", tmp_path / "back").num_episodes == first.num_episodes
+
+
+def test_damaged_packs_are_refused(store, tmp_path):
+    path = tmp_path / "p.npz"
+    pack(store, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(StoreError, match="damaged"):
+        unpack(path, tmp_path / "a")
+    np.savez(path, something=np.zeros(3))
+    with pytest.raises(StoreError, match="damaged"):
+        unpack(path, tmp_path / "b")
+    with pytest.raises(FileNotFoundError):
+        unpack(tmp_path / "missing.npz", tmp_path / "c")
