@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
+from pwm_fast.errors import Interrupted
 from pwm_fast.state_files import (
     PART,
     atomic_file,
@@ -42,6 +43,7 @@ except ImportError:  # Windows: no lock, everything else works
     fcntl = None  # type: ignore[assignment]
 
 OPTIONS, METRICS, CHECKPOINT, SUMMARY = "run.json", "metrics.csv", "checkpoint.safetensors", "summary.json"
+LOCK = ".lock"
 POLICY_FILES = ("policy.safetensors", "policy.json")
 FILES = {
     "policy.safetensors": "the best policy (Policy.load), its text part in policy.json",
@@ -95,6 +97,7 @@ class RunFolder:
             raise FileExistsError(f"{self.path} holds another run; continue it by --resume, or choose another --out")
         if resume and not present:
             raise FileNotFoundError(f"nothing to resume in {self.path}: leave out --resume to begin a run there")
+        self._is_new, self._is_made = not present, not self.path.exists()
         self._lock = self._claim()
         for part in [*self.path.glob(f".*{PART}"), *self.path.glob(f"seed_*/.*{PART}")]:  # a killed process left them
             shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -108,7 +111,7 @@ class RunFolder:
 
         A POSIX record lock ends with its process however that dies, and worker processes do not inherit it.
         """
-        lock = self.path / ".lock"
+        lock = self.path / LOCK
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(lock, "wb")  # held open for as long as the run lasts
@@ -136,6 +139,13 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """A run that fails before it has done anything leaves nothing, so that it can simply be started again."""
+        failed = isinstance(error, Exception) and not isinstance(error, Interrupted)
+        if failed and self._is_new and not any((self.path / name).exists() for name in _OWN if name != OPTIONS):
+            for name in (OPTIONS, LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            if self._is_made and not any(self.path.iterdir()):
+                self.path.rmdir()
         self.close()
 
     def file(self, name: str) -> Path:

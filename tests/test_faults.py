@@ -12,9 +12,11 @@ import pytest
 from pwm_fast.state_files import load_state
 
 COMMANDS = ("extract", "pretrain")
-SMALL = {"extract": ["--steps", "30"], "pretrain": ["--size", "1M", "--steps", "2", "--batch-size", "8"]}
+ROUNDS = ["--rounds.extraction-steps", "10", "--rounds.model-steps", "2", "--rounds.model-batch-size", "8"]
+ROUNDS += ["--rounds.evaluation-episodes", "2", "--rounds.exploration-episodes", "2"]
+SMALL = {"extract": ["--steps", "10"], "pretrain": ["--size", "1M", "--steps", "2", "--batch-size", "8"]}
 LONG = {
-    "extract": ["--steps", "150", "--checkpoint-minutes", "1e-5"],
+    "extract": ["--steps", "50", "--seeds", "2", *ROUNDS],
     "pretrain": ["--size", "1M", "--steps", "8", "--batch-size", "32", "--checkpoint-minutes", "1e-5"],
 }
 RESULT = {"extract": "policy.safetensors", "pretrain": "world_model.safetensors"}
@@ -31,7 +33,7 @@ def arguments(tmp_path: Path, tiny_world_model: Path, tiny_store: Path):
         values |= dict(zip(SMALL[command][::2], SMALL[command][1::2]))
         values |= options or {}
         flat = [str(part) for pair in values.items() if pair[1] is not None for part in pair]
-        return flat + (["--no-finetune"] if command == "extract" else [])
+        return flat
 
     return build
 
@@ -99,9 +101,10 @@ def test_a_world_model_with_nan_is_refused(refused, tmp_path: Path, tiny_world_m
     assert "NaN" in refused("extract", {"--world-model": tmp_path / "nan.safetensors"})
 
 
-def test_a_world_model_of_another_task_is_refused(refused, tmp_path: Path, tiny_world_model: Path):
-    error = refused("extract", {"--task": "ant", "--data": None})
+def test_a_world_model_of_another_task_is_refused(refused, tmp_path: Path):
+    error = refused("extract", {"--task": "ant"})
     assert "11" in error and "37" in error, "the error names both observation sizes"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -203,7 +206,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_world_model: Pa
         if command not in finished:
             given = ["--task", "hopper", "--data", str(tiny_store), *LONG[command]]
             if command == "extract":
-                given += ["--world-model", str(tiny_world_model), "--no-finetune", "--seeds", "2"]
+                given += ["--world-model", str(tiny_world_model)]
             folder = tmp_path_factory.mktemp(command)
             run = Running(command, [*given, "--out", str(folder / "run")], environment, folder / "log")
             assert run.finish() == 0, run.log.read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pwm_fast.errors import Interrupted
 from pwm_fast.run_folder import RunFolder, latest_path, new_path, read_summary, versions
 
 
@@ -41,6 +42,28 @@ def test_resuming_nothing_is_refused(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"nothing to resume in .*absent"):
         RunFolder(tmp_path / "absent", resume=True)
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [(ValueError(), False), (Interrupted("resume"), True), (KeyboardInterrupt(), True)],
+    ids=["error", "ctrl-c", "ctrl-c twice"],
+)
+def test_a_run_that_fails_before_any_work_leaves_nothing(tmp_path: Path, error: BaseException, kept: bool):
+    with pytest.raises(type(error)), RunFolder(tmp_path / "run") as folder:
+        folder.begin({})
+        raise error
+    assert (tmp_path / "run").exists() == kept
+
+
+def test_a_run_that_fails_later_keeps_everything(tmp_path: Path):
+    with pytest.raises(ValueError), RunFolder(tmp_path / "run") as folder:
+        folder.begin({})
+        folder.add_metrics({"step": 1})
+        raise ValueError
+    with pytest.raises(ValueError), RunFolder(tmp_path / "run", resume=True) as folder:
+        raise ValueError
+    assert folder.options() == {}
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/1/run"])
