@@ -1,17 +1,11 @@
 // The Python module pwm_fast._native: each register_X lives beside what it registers.
 #include <pybind11/pybind11.h>
 
-#if __has_include("elementwise.hpp")
-#include "elementwise.hpp"
-#define PWM_FAST_ELEMENTWISE 1
-#endif
-
+void register_elementwise(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ backends of pwm_fast: episode sampling and CPU kernels.";
     register_sampling(module);
-#ifdef PWM_FAST_ELEMENTWISE
     register_elementwise(module);
-#endif
 }
