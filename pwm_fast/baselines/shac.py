@@ -47,7 +47,7 @@ class SHACConfig:
     critic_epochs: int = 16
     critic_minibatches: int = 4
     target_momentum: float = 0.2  # target <- momentum * target + (1 - momentum) * critic
-    state_gradient_limit: float = 10.0  # per environment and step, on d(sum of the window's returns)/dq and /dqd
+    state_gradient_limit: float = 20_000.0  # of d(an environment's return in the window)/dq and /dqd, at each step
     initial_log_std: float = -1.0
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class SHAC:
     def _act(self) -> tuple[Rollout, _Tape]:
         """H steps; the rollout's rewards and final observations carry the simulator's graph."""
         env, tape, columns = self.env, _Tape([], [], []), []
-        # the objective is a mean: the limit is on gradients of the sum
+        # the objective is the mean of returns per step
         limit = self.config.state_gradient_limit / (self.config.num_envs * self.config.horizon)
         obs = env.initialize_trajectory().detach().requires_grad_()
         for _ in range(self.config.horizon):
