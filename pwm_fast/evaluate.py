@@ -120,6 +120,8 @@ def write_gif(folder: Path, summary: dict[str, Any]) -> Path:
     policy = Policy.load(paths.get(summary["best_seed"], folder))
     seed = summary["evaluation"]["seed"]
     result = real_returns(policy, summary["task"], summary["evaluation"]["episodes"], seed, record=True)
+    if result.joint_q is None:
+        raise ValueError(f"{summary['task']} cannot be drawn: its simulator tells no joint positions")
     path = folder / "rollout.gif"
     rollout_gif(path, summary["task"], result.joint_q)
     return path

@@ -60,7 +60,7 @@ def curve(
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    style = {
+    style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "axes.edgecolor": FAINT,

@@ -134,7 +134,7 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.console.is_terminal:
             self._live.stop()
-        self.console.print(Text(f"{self.title}: {self.line()}"))
+        self.console.print(Text(f"{self.title}: {self.line()}"), soft_wrap=True)
 
     def update(self, step: int, **values: float | None) -> None:
         """Tell the step reached and whatever values are new (`real=4812.0`); None leaves a value as it was."""
@@ -146,11 +146,11 @@ class Progress:
         self._values.update({k: float(v) for k, v in values.items() if v is not None})
         if not self.console.is_terminal and now - self._printed >= self._every:
             self._printed = now
-            self.console.print(Text("  " + self.line()))
+            self.console.print(Text("  " + self.line()), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A lasting line above the display."""
-        self.console.print(Text("  " + text))
+        self.console.print(Text("  " + text), soft_wrap=True)
 
     @property
     def elapsed(self) -> float:

@@ -298,7 +298,8 @@ def versions() -> dict[str, str]:
 
 def _csv_line(values: list[Any]) -> str:
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(["" if v is None else v for v in values])
+    row = ["" if v is None else f"{v:.8g}" if isinstance(v, float) else v for v in values]
+    csv.writer(buffer, lineterminator="\n").writerow(row)
     return buffer.getvalue()
 
 

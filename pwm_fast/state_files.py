@@ -118,7 +118,8 @@ def save_state(path: str | Path, tree: Mapping[str, Any]) -> None:
             return [encode(item, f"{place}/{i}") for i, item in enumerate(value)]
         if isinstance(value, (Tensor, np.ndarray)):
             mark = _TENSOR if isinstance(value, Tensor) else _ARRAY
-            tensor = (value if mark == _TENSOR else torch.from_numpy(np.array(value))).detach().contiguous()
+            tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+            tensor = tensor.detach().contiguous()
             if tensor.untyped_storage().data_ptr() in storages:  # the format holds no views of one another
                 tensor = tensor.clone()
             storages.add(tensor.untyped_storage().data_ptr())
