@@ -16,13 +16,13 @@ from rich.table import Table
 
 from pwm_fast import backend
 from pwm_fast.baselines.actor_policy import load_policy
-from pwm_fast.baselines.shac_collection import RUN, collect_shac
+from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.baselines.shac_training import default_config
 from pwm_fast.data.collect import NoisyPolicy, RandomActions, collect_policy
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
-from pwm_fast.errors import positive, run_command
-from pwm_fast.progress import make_console, number_text
+from pwm_fast.errors import Interrupted, positive, run_command
+from pwm_fast.progress import make_console, number_text, resume_command
 
 DEFAULT_MINUTES = 40.0
 
@@ -68,10 +68,11 @@ def main(options: Options) -> int:
         raise ValueError(f"noise must be >= 0, got {options.noise}")
     console = make_console()
     console.print(backend.describe())
-    if options.policy == "shac":
-        _collect_shac(task, options, console)
-    else:
-        _collect_policy(task, options, console)
+    try:
+        (_collect_shac if options.policy == "shac" else _collect_policy)(task, options, console)
+    except Interrupted as stop:
+        command = resume_command("pwm_fast.collect", options.out)
+        raise Interrupted(f"{stop}; resume with: {command}", stop.code) from None
     _show(options.out, console)
     return 0
 
@@ -92,7 +93,6 @@ def _collect_shac(task: registry.Task, options: Options, console: Console) -> No
         checkpoint_seconds=60 * options.checkpoint_minutes,
         console=console,
     )
-    console.print(f"its best policy: {options.out / RUN}")
 
 
 def _collect_policy(task: registry.Task, options: Options, console: Console) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,17 @@ from pwm_fast.envs.evaluation import Episode, evaluate
 from pwm_fast.errors import positive
 
 ENVIRONMENT_STREAM, EVALUATION_STREAM = 0, 1
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Small matrices gain nothing from more threads, and those that wait would take the simulator's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -107,13 +119,10 @@ class SHACTraining:
         """Train until the budget is used up or `stop()`. Both at the end and in `on_iteration`, `state_dict` is a valid
         place to resume from: an iteration's evaluation comes before its callback.
 
-        The evaluations lie evenly over the run, the last at its end. Torch works on one thread meanwhile: its small
-        matrices gain nothing from more, and its waiting threads would take the simulator's cores.
+        The evaluations lie evenly over the run, the last at its end.
         """
-        torch_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         clock = time.monotonic()
-        try:
+        with one_torch_thread():
             while not self.finished and not stop():
                 rollout, metrics = self.shac.iteration(self.progress)
                 self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
@@ -124,8 +133,8 @@ class SHACTraining:
                 if on_iteration is not None:
                     on_iteration(rollout, metrics)
                 self.seconds, clock = self.seconds + time.monotonic() - clock, time.monotonic()
-        finally:
-            torch.set_num_threads(torch_threads)
+            if self.finished and not self.evaluations:
+                self._evaluate(on_evaluation)
 
     def _evaluate(self, on_evaluation: Callable[[Evaluation, list[Episode]], None] | None) -> None:
         policy = self.shac.policy()

@@ -207,8 +207,8 @@ class Recording:
         return {
             "meta": (self.writer.path / META_FILE).read_text(encoding="utf-8"),
             "thinning": self.thinning.state_dict(),
-            "returns": self._returns,
-            "lengths": self._lengths,
+            "returns": {phase: np.asarray(values) for phase, values in self._returns.items()},
+            "lengths": {phase: np.asarray(values) for phase, values in self._lengths.items()},
         }
 
     @staticmethod
@@ -225,8 +225,8 @@ class Recording:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.thinning.load_state_dict(state["thinning"])
-        self._returns = {phase: list(values) for phase, values in state["returns"].items()}
-        self._lengths = {phase: list(values) for phase, values in state["lengths"].items()}
+        self._returns = {phase: values.tolist() for phase, values in state["returns"].items()}
+        self._lengths = {phase: values.tolist() for phase, values in state["lengths"].items()}
 
     def close(self) -> None:
         self.writer.close()
@@ -351,5 +351,5 @@ def collect_policy(
                     break
         recording.commit()
         done = notes["episodes_done"]
-        interrupt.raise_if_set(f"stopped; {done} of {episodes} episodes are in {out}; continue by --resume")
+        interrupt.raise_if_set(f"stopped; {done:,} of {episodes:,} episodes are saved in {out}")
     return recording
