@@ -53,13 +53,13 @@ void parallel_for(int64_t count, int threads, int64_t bytes, const Work& work) {
 // True if every value is finite. The rows are copied right after, so it costs arithmetic, not memory traffic; written as
 // an integer reduction because the compiler vectorises it.
 bool all_finite(const float* values, int64_t count) {
-    uint32_t largest = 0;
+    uint32_t found = 0;
     for (int64_t i = 0; i < count; ++i) {
         uint32_t bits;
         std::memcpy(&bits, values + i, sizeof bits);
-        largest = std::max(largest, bits & 0x7FFFFFFFu);
+        found |= (bits & 0x7F800000u) == 0x7F800000u ? 1u : 0u;  // an exponent of all ones: infinity or NaN
     }
-    return largest < 0x7F800000u;
+    return found == 0;
 }
 
 void lower_to(std::atomic<int64_t>& smallest, int64_t value) {
