@@ -39,10 +39,8 @@ class Critic:
 
     def forward(self, z: Tensor) -> tuple[Tensor, Activations]:
         """Values [P, K, R] of latents [P, R, Z]."""
-        p, k = self.policies, self.num_critics
-        x = z[:, None].expand(p, k, *z.shape[1:]).reshape(p * k, *z.shape[1:])  # a view for P = 1
-        v, saved = self.mlp.forward(x)
-        return v.view(p, k, -1), saved
+        v, saved = self.mlp.forward(z)
+        return v.view(self.policies, self.num_critics, -1), saved
 
     def backward(self, dv: Tensor, saved: Activations) -> None:
         """Overwrite the parameters' gradients. dv [P, K, R]."""
@@ -50,5 +48,4 @@ class Critic:
 
     def input_gradient(self, dv: Tensor, saved: Activations) -> Tensor:
         """Gradient [P, R, Z] of sum(dv * V) with respect to the latents. dv [P, K, R]."""
-        dx = self.mlp.input_gradient(dv.reshape(self.mlp.members, -1, 1), saved)
-        return dx.view(self.policies, self.num_critics, *dx.shape[1:]).sum(1)
+        return self.mlp.input_gradient(dv.reshape(self.mlp.members, -1, 1), saved)

@@ -21,7 +21,7 @@ EPS = 1e-5
 class Hidden(NamedTuple):
     """What the backward pass of one hidden layer needs."""
 
-    x: Tensor  # [G, R, in] its input
+    x: Tensor  # [G, R, in] its input (first layer: [g, R, in], shared by G / g neighbours)
     pre: Tensor  # [G, R, out] Linear's output
     mean: Tensor  # [G, R] of mish(pre)
     rstd: Tensor  # [G, R]
@@ -80,7 +80,10 @@ class PopulationMLP:
             self.parameters[f"{i}.ln.weight"].fill_(1.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
-        """Outputs [G, R, out] of inputs [G, R, in], and what `backward` needs."""
+        """Outputs [G, R, out] of inputs [G, R, in], and what `backward` needs.
+
+        Inputs [g, R, in] with g a divisor of G are shared by G / g neighbouring networks.
+        """
         p = self.parameters
         hidden = []
         for i in range(self.depth - 1):
@@ -97,7 +100,7 @@ class PopulationMLP:
         self._backward(dy, saved, weights=True, inputs=False)
 
     def input_gradient(self, dy: Tensor, saved: Activations) -> Tensor:
-        """Gradient [G, R, in] with respect to the input; parameters' gradients are left alone."""
+        """Gradient [g, R, in] with respect to the input; parameters' gradients are left alone."""
         dx = self._backward(dy, saved, weights=False, inputs=True)
         assert dx is not None
         return dx
@@ -117,6 +120,8 @@ class PopulationMLP:
             if weights:
                 linear.weight_grad(dy, x, out=g[f"{i}.weight"])
                 linear.bias_grad(dy, out=g[f"{i}.bias"])
-            if i or inputs:
+            if i:
                 dy = linear.input_grad(dy, p[f"{i}.weight"])
+            elif inputs:
+                dy = linear.input_grad(dy, p[f"{i}.weight"], groups=saved.hidden[0].x.shape[0])
         return dy if inputs else None

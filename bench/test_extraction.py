@@ -1,0 +1,114 @@
+"""Gradient steps per second of extraction, against the plain autograd version in the same run.
+
+    pytest bench/test_extraction.py -s
+
+Published MT80 shapes (observations 39, actions 6, task embedding 96), H = 16, batch 64, one thread, float32. Times are
+CPU seconds of this process, naive and explicit steps in turn; the fastest of each counts, for other work slows
+both. A speed counts only if the actor's gradient equals autograd's in float64 (cosine, printed).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "learning"))
+from naive import NaiveExtraction
+
+from pwm_fast import backend
+from pwm_fast.learning.extraction import PRESETS, Extraction
+from pwm_fast.models.world_model import WorldModel, WorldModelConfig
+
+OBS_DIM, ACTION_DIM, TASKS, TASK_DIM = 39, 6, 80, 96
+MIN_COSINE = 0.99999
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Times of one thread, in CPU seconds, mean the same on every machine and under any load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_world_model(size: str) -> WorldModel:
+    """A model with random weights; its reward head is not zero, so that gradients are not."""
+    torch.manual_seed(0)
+    config = WorldModelConfig.of_size(size, OBS_DIM, ACTION_DIM, num_tasks=TASKS, task_dim=TASK_DIM)
+    model = WorldModel(config)
+    torch.nn.init.normal_(model._reward[-1].weight, std=0.1)
+    return model
+
+
+def cpu_seconds(step: Callable[[], object], repeats: int) -> float:
+    """CPU seconds of one call, averaged over `repeats`."""
+    start = time.process_time()
+    for _ in range(repeats):
+        step()
+    return (time.process_time() - start) / repeats
+
+
+def actor_gradient_cosine(size: str, preset: str) -> float:
+    """Cosine between the explicit float32 gradient of the actor and autograd's in float64, same weights and noise."""
+    model = make_world_model(size)
+    ext = Extraction(model, PRESETS[preset], task_ids=[3])
+    obs, noise = batch()
+    naive = NaiveExtraction(model.double(), double_copy(ext, model))
+    ext.step(obs, noise)
+    naive.actor_loss(obs[0].double(), noise[0].double()).backward()
+    exact = naive.actor_tensors()
+    explicit = torch.cat([ext.actor.parameters.grads[name].flatten() for name in exact])
+    expected = torch.cat([value.grad.flatten() for value in exact.values()])
+    return torch.nn.functional.cosine_similarity(explicit.double(), expected, dim=0).item()
+
+
+def double_copy(ext: Extraction, model: WorldModel) -> Extraction:
+    """The same networks in float64."""
+    copy = Extraction(model, ext.config, ext.task_ids, ext.seeds)
+    copy.actor.parameters.flat.copy_(ext.actor.parameters.flat)
+    copy.critic.parameters.flat.copy_(ext.critic.parameters.flat)
+    return copy
+
+
+def batch(policies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start observations [P, B, S] and noise [P, H, B, A]."""
+    c, generator = PRESETS["paper"], torch.Generator().manual_seed(1)
+    obs = torch.randn(policies, c.batch_size, OBS_DIM, generator=generator)
+    return obs, torch.randn(policies, c.horizon, c.batch_size, ACTION_DIM, generator=generator)
+
+
+@pytest.mark.parametrize("size, repeats", [("1M", 3), ("5M", 2), ("48M", 1)])
+def test_gradient_steps_against_autograd(size: str, repeats: int, record_property: Callable) -> None:
+    cosine = actor_gradient_cosine(size, "published-code")
+    model = make_world_model(size)
+    ext = Extraction(model, PRESETS["published-code"], task_ids=[3])
+    naive = NaiveExtraction(model, ext)
+    obs, noise = batch()
+    explicit_seconds, naive_seconds = [], []
+    for _ in range(5):
+        naive_seconds.append(cpu_seconds(lambda: naive.step(obs[0], noise[0]), repeats))
+        explicit_seconds.append(cpu_seconds(lambda: ext.step(obs), repeats))
+    ours, theirs = min(explicit_seconds), min(naive_seconds)
+    print(
+        f"\n{size:>4}: {1e3 * ours:7.0f} ms a step ({1 / ours:5.2f}/s), autograd {1e3 * theirs:7.0f} ms, "
+        f"ratio {theirs / ours:4.2f}, gradient cosine {cosine:.7f} ({backend.describe()}, 1 thread)"
+    )
+    for name, value in (("ms", 1e3 * ours), ("naive_ms", 1e3 * theirs), ("ratio", theirs / ours), ("cosine", cosine)):
+        record_property(f"{size}_{name}", value)
+    assert cosine > MIN_COSINE
+
+
+@pytest.mark.parametrize("policies", [1, 4])
+def test_policies_at_once(policies: int, record_property: Callable) -> None:
+    ext = Extraction(make_world_model("5M"), PRESETS["paper"], task_ids=[3] * policies, seeds=range(policies))
+    obs, _ = batch(policies)
+    seconds = min(cpu_seconds(lambda: ext.step(obs), 1) for _ in range(4)) / policies
+    print(f"\n  5M: {policies} policies at once, {1e3 * seconds:.0f} ms per policy and step")
+    record_property(f"policies_{policies}_ms", 1e3 * seconds)
+    assert not ext.diverged.any()
