@@ -166,7 +166,7 @@ struct MishSlope {
     Vec mish, slope;
 };
 
-// x n / (n + 2) with n = e (e + 2), e = exp(x). Rounded as in mish_slope, so a backward pass meets the forward's values.
+// x n / (n + 2) with n = e (e + 2), e = exp(x).
 PWM_FAST_INLINE Vec mish(Vec x) {
     const Vec e = exp_for_mish(x);
     const Vec n = e * e + 2.0f * e;
