@@ -25,20 +25,23 @@ from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
 GAUGE_STEPS = 200
+MOST_EPISODES = 256  # environments per policy
 
 
 @dataclass(frozen=True)
 class RoundConfig:
     """What one round does. `model_steps` = 0 keeps the world model frozen."""
 
-    extraction_steps: int = 60
+    extraction_steps: int = 20
     model_steps: int = 60
     model_batch_size: int = 128
-    model_lr: float = 1e-4
+    model_lr: float = 3e-4
     encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
     evaluation_episodes: int = 8
-    exploration_episodes: int = 8
-    new_fraction: float = 0.5  # of model windows and start states
+    exploration_transitions: int = 8192  # with sampled actions, so that short episodes come in greater number
+    new_windows: float = 0.5  # share of the model's windows that come from the rounds' own episodes
+    new_starts: float = 0.75  # share of start states
+    recent_rounds: int = 8  # whose episodes count as new
 
     def __post_init__(self) -> None:
         for name, least in (("extraction_steps", 1), ("model_steps", 0), ("evaluation_episodes", 1)):
@@ -68,13 +71,14 @@ class ExtractionRounds:
         self.world_model, self.extraction, self.config = world_model, extraction, config
         self.replay_path, self.seed, self.threads = replay, seed, threads
         self.rounds_done = 0
+        self.real_length = 50.0  # of the last round's episodes; a guess before the first
         self.best_return = np.full(len(extraction.seeds), -np.inf)
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
         self._data = data
         self._starts = [WindowSampler(data, 1, seed=s) for s in extraction.seeds]
         self._fresh_starts: list[WindowSampler] = []
         self._fresh: WindowSampler | None = None
-        self._kept: list[int] = []  # episodes of the replay store that this run's rounds wrote
+        self._kept: list[list[int]] = []  # by round: episodes of the replay store that this run wrote
         horizon = extraction.config.horizon
         self._old = WindowSampler(data, horizon, seed=seed)
         self._model = Pretraining(
@@ -103,6 +107,12 @@ class ExtractionRounds:
                 break
         return {k: (v / steps).cpu().numpy() for k, v in total.items()}
 
+    def _exploration_episodes(self) -> int:
+        """Per policy, for about `exploration_transitions` at the last round's episode length."""
+        c = self.config
+        wanted = c.exploration_transitions if c.model_steps else 0
+        return int(min(np.ceil(wanted / self.real_length), MOST_EPISODES))
+
     def look_at_reality(self) -> dict[str, np.ndarray]:
         """Real episodes of every policy, kept for the model; returns [P] arrays, and updates the best policies.
 
@@ -112,8 +122,8 @@ class ExtractionRounds:
         c = self.config
         policies = self.extraction.policies()
         episodes = real_episodes(
-            self.task.name, policies, c.evaluation_episodes, c.exploration_episodes, self.seed + 1, self.rounds_done,
-            self.threads,
+            self.task.name, policies, c.evaluation_episodes, self._exploration_episodes(), self.seed + 1,
+            self.rounds_done, self.threads,
         )  # fmt: skip
         means, lengths, gauges = [], [], []
         for i, (policy, found) in enumerate(zip(policies, episodes, strict=True)):
@@ -123,6 +133,7 @@ class ExtractionRounds:
             gauges.append(imagined_over_real(self.world_model, policy, judged, self._task_id(i)))
             if means[-1] > self.best_return[i]:
                 self.best_return[i], self.best_policy[i] = means[-1], policy.tensors()
+        self.real_length = max(float(np.mean(lengths)), 1.0)
         if c.model_steps:
             self._keep([e for found in episodes for e in found])
         return {
@@ -163,7 +174,7 @@ class ExtractionRounds:
     def _start_states(self, step: int) -> np.ndarray:
         """[P, B, S]: from the data and, once there are any, the policies' own episodes."""
         batch = self.extraction.config.batch_size
-        new = int(batch * self.config.new_fraction) if self._fresh_starts else 0
+        new = int(batch * self.config.new_starts) if self._fresh_starts else 0
         rows = []
         for i, sampler in enumerate(self._starts):
             parts = [sampler.start_states(step, batch - new)]
@@ -174,7 +185,7 @@ class ExtractionRounds:
 
     def _model_batch(self, step: int) -> Windows:
         batch = self.config.model_batch_size
-        new = int(batch * self.config.new_fraction) if self._fresh is not None else 0
+        new = int(batch * self.config.new_windows) if self._fresh is not None else 0
         parts = [self._old.windows(step, batch - new)] if batch > new else []
         if self._fresh is not None and new:
             parts.append(self._fresh.windows(step, new))
@@ -190,15 +201,16 @@ class ExtractionRounds:
         ) as writer:
             for e in episodes:
                 writer.add(e.obs, e.action, e.reward, e.terminated)
-        self._kept += range(before, before + len(episodes))
+        self._kept.append(list(range(before, before + len(episodes))))
         self._open_replay()
 
     def _open_replay(self) -> None:
         store = EpisodeStore.open(self.replay_path)
+        recent = [i for kept in self._kept[-self.config.recent_rounds :] for i in kept]
         horizon = self.extraction.config.horizon
-        self._fresh_starts = [WindowSampler(store, 1, self._kept, seed=s + 1) for s in self.extraction.seeds]
-        if store.lengths[self._kept].max() >= horizon:
-            self._fresh = WindowSampler(store, horizon, self._kept, seed=self.seed + 1)
+        self._fresh_starts = [WindowSampler(store, 1, recent, seed=s + 1) for s in self.extraction.seeds]
+        if store.lengths[recent].max() >= horizon:
+            self._fresh = WindowSampler(store, horizon, recent, seed=self.seed + 1)
 
     # resume --------------------------------------------------------------------------------------------------------
 
@@ -210,7 +222,8 @@ class ExtractionRounds:
             "model": self._model.state_dict(),
             "best_return": self.best_return,
             "best_policy": list(self.best_policy),
-            "kept": list(self._kept),
+            "kept": [list(kept) for kept in self._kept],
+            "real_length": self.real_length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,7 +233,8 @@ class ExtractionRounds:
         self.extraction.load_state_dict(state["extraction"])
         self.best_return = np.asarray(state["best_return"], np.float64)
         self.best_policy = list(state["best_policy"])
-        self._kept = [int(i) for i in state["kept"]]
+        self._kept = [[int(i) for i in kept] for kept in state["kept"]]
+        self.real_length = float(state["real_length"])
         if self._kept:
             self._open_replay()
 
