@@ -1,0 +1,136 @@
+"""Rounds of extraction, reality and model learning on the real hopper, with tiny networks."""
+
+import numpy as np
+import pytest
+import torch
+
+from pwm_fast.data.episodes import EpisodeStore
+from pwm_fast.learning.extraction import ExtractionConfig
+from pwm_fast.learning.finetuning import RoundConfig, imagined_over_real, real_episodes
+from pwm_fast.learning.job import Budget, Job, extract_policies, make_job
+from pwm_fast.models.world_model import WorldModel
+from pwm_fast.state_files import load_state, save_state
+
+SMALL = ExtractionConfig(horizon=4, batch_size=8, actor_units=(16,), critic_units=(16,), critic_epochs=1)
+ROUND = RoundConfig(
+    extraction_steps=3, model_steps=2, model_batch_size=8, evaluation_episodes=2, exploration_transitions=120
+)
+
+
+@pytest.fixture
+def job(tiny_world_model, tiny_store, tmp_path):
+    """A function that makes the same job anew, with its replay store in a folder of its own."""
+
+    def make(name: str = "a", rounds: RoundConfig = ROUND, seeds=(0, 1), steps: int = 9) -> Job:
+        model, data = WorldModel.load(tiny_world_model), EpisodeStore.open(tiny_store)
+        return make_job("hopper", model, data, seeds, Budget(steps=steps), tmp_path / name / "replay", SMALL, rounds)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    return make
+
+
+def final_tensors(job: Job) -> dict[str, torch.Tensor]:
+    found = {f"{i}.{k}": v for i, p in enumerate(job.rounds.extraction.policies()) for k, v in p.tensors().items()}
+    return found | {f"model.{k}": v for k, v in job.rounds.world_model.state_dict().items()}
+
+
+def test_a_run_ends_after_its_steps_and_reports_every_round(job):
+    rows = []
+    work = job(steps=8)
+    assert work.run(rows.append)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    assert all(np.isfinite(row["real_return"]).all() and row["real_return"].shape == (2,) for row in rows)
+    assert rows[-1]["best_return"] == pytest.approx(np.max([row["real_return"] for row in rows], axis=0))
+
+
+def test_resume_through_a_file_equals_the_whole_run(job, tmp_path):
+    whole = job("a")
+    whole.run()
+    first = job("b")
+    states = []
+    first.run(lambda row: states.append(first.state_dict()) or save_state(tmp_path / f"{len(states)}", states[-1]))
+    # as after a kill in round 3: its episodes lie in the replay store, the checkpoint is that of round 2
+    second = job("b")
+    second.load_state_dict(load_state(tmp_path / "2"))
+    assert second.steps_done == 6
+    second.run()
+    expected, found = final_tensors(whole), final_tensors(second)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert np.array_equal(whole.rounds.best_return, second.rounds.best_return)
+
+
+def test_a_frozen_model_stays_as_it_was_and_keeps_no_episodes(job, tmp_path):
+    frozen = job(rounds=RoundConfig(extraction_steps=3, model_steps=0, evaluation_episodes=2))
+    before = {k: v.clone() for k, v in frozen.rounds.world_model.state_dict().items()}
+    frozen.run()
+    for name, value in frozen.rounds.world_model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not (tmp_path / "a" / "replay").exists()
+
+
+def test_fine_tuning_moves_the_model_but_not_the_encoder(job, tmp_path):
+    tuned = job()
+    before = {k: v.clone() for k, v in tuned.rounds.world_model.state_dict().items()}
+    tuned.run()
+    after = tuned.rounds.world_model.state_dict()
+    assert torch.equal(after["_encoder.0.weight"], before["_encoder.0.weight"])
+    assert not torch.equal(after["_dynamics.0.weight"], before["_dynamics.0.weight"])
+    assert EpisodeStore.open(tmp_path / "a" / "replay").num_transitions > 200
+
+
+def test_a_frozen_policy_does_not_depend_on_who_shares_the_batch(job):
+    frozen = RoundConfig(extraction_steps=3, model_steps=0, evaluation_episodes=2)
+    together, alone = job("a", frozen, seeds=(0, 1)), job("b", frozen, seeds=(1,))
+    together.run()
+    alone.run()
+    for (name, a), b in zip(
+        together.rounds.extraction.policies()[1].tensors().items(),
+        alone.rounds.extraction.policies()[0].tensors().values(),
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_real_episodes_judge_mean_actions_and_explore_with_sampled_ones(tiny_policies):
+    found = real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=0, threads=1)
+    assert [len(f) for f in found] == [5, 5]
+    again = real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=1, threads=1)
+    judged, explored = found[0][0], found[0][3]
+    np.testing.assert_allclose(judged.action, tiny_policies[0].act(judged.obs[:-1]), atol=1e-6)
+    assert np.abs(explored.action - tiny_policies[0].act(explored.obs[:-1])).max() > 0.1
+    np.testing.assert_array_equal(judged.reward, again[0][0].reward)
+    assert not np.array_equal(explored.action[0], again[0][3].action[0])
+
+
+def test_the_gauge_is_imagined_over_real_reward(tiny_world_model, tiny_policies):
+    model = WorldModel.load(tiny_world_model)
+    episodes = real_episodes("hopper", tiny_policies[:1], 2, 0, seed=5, draw=0, threads=1)[0]
+    with torch.no_grad():
+        z = model.encode(torch.as_tensor(np.stack([e.obs[0] for e in episodes])))
+        imagined = 0.0
+        for _ in range(min(200, max(len(e.reward) for e in episodes))):
+            action = tiny_policies[0].act_latent(z)
+            imagined += model.reward(z, action).mean().item()
+            z = model.next(z, action)
+    real = np.mean([e.reward[:200].sum() for e in episodes])
+    assert imagined_over_real(model, tiny_policies[0], episodes, None) == pytest.approx(imagined / real, rel=1e-4)
+
+
+def test_extract_policies_is_the_short_way(tiny_world_model, tiny_store):
+    found = extract_policies(
+        tiny_world_model, tiny_store, ["hopper"], seeds=2, steps=4, config=SMALL, rounds=ROUND
+    )
+    assert [p.task for p in found["hopper"]] == ["hopper", "hopper"]
+    assert found["hopper"][0].act(np.zeros(11, np.float32)).shape == (3,)
+
+
+def test_models_and_data_of_another_task_are_refused(tiny_world_model, tiny_store, tmp_path):
+    model, data = WorldModel.load(tiny_world_model), EpisodeStore.open(tiny_store)
+    with pytest.raises(ValueError, match="world model has 11 observations and 3 actions, task ant has 37 and 8"):
+        make_job("ant", model, data, (0,), Budget(steps=1), tmp_path / "r", SMALL, ROUND)
+    with pytest.raises(ValueError, match="needs steps or minutes"):
+        Budget()
+    with pytest.raises(ValueError, match="extraction_steps must be >= 1, got 0"):
+        RoundConfig(extraction_steps=0)
