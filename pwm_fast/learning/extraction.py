@@ -40,6 +40,7 @@ class ExtractionConfig:
     min_log_std: float = -1.427
     actor_units: tuple[int, ...] = (400, 200, 100)
     actor_lr: float = 5e-4
+    actor_delay: int = 0  # steps at the start in which only the critics learn (for actors that were not random)
     actor_max_norm: float = 1.0
     critic_units: tuple[int, ...] = (400, 200)
     num_critics: int = 3
@@ -71,7 +72,7 @@ class ExtractionConfig:
 PRESETS = {
     "paper": ExtractionConfig(),
     "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
-    "fast": ExtractionConfig(terminations=True, critic_epochs=2),
+    "fast": ExtractionConfig(terminations=True, critic_epochs=2, actor_delay=40),
 }
 
 
@@ -132,7 +133,7 @@ class Extraction:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
         self.world_config = world_model.config
         self._frozen: FrozenWorldModel = frozen
-        self.imagination = Imagination(frozen, self.config.terminations)
+        self.imagination = Imagination(frozen, self.config.terminations, self.policies_count * self.config.batch_size)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Length of the learning-rate schedule in steps, counted from the first."""
@@ -198,7 +199,8 @@ class Extraction:
             d_last,
             c.detach_actor_input,
         )
-        norm = self.actor_adam.step(self.learning_rate(c.actor_lr), c.actor_max_norm, active)
+        rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
+        norm = self.actor_adam.step(rate, c.actor_max_norm, active)
         self.diverged |= ~(active & torch.isfinite(norm))
         metrics = {
             "actor_loss": loss,
@@ -231,7 +233,8 @@ class Extraction:
             for index in order.tensor_split(c.critic_minibatches, 1):
                 count = index.shape[1]
                 pick = index.reshape(-1)
-                latents, target = x[pick].view(policies, count, -1), y[pick].view(policies, 1, count)
+                latents = x.index_select(0, pick).view(policies, count, -1)
+                target = y.index_select(0, pick).view(policies, 1, count)
                 values, saved = self.critic.forward(latents)
                 error = values - target
                 total = total + error.square().mean((1, 2))

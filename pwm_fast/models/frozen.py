@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
+from pwm_fast.models.matmul import PackedWeight, pack
 from pwm_fast.models.world_model import FrozenLayer
 
 EPS = 1e-5
@@ -28,10 +29,16 @@ class Saved(NamedTuple):
 
 
 class FrozenNetwork:
-    """A stack of `FrozenLayer`s over rows [..., P, B, in]; biases may differ per policy (folded task embeddings)."""
+    """A stack of `FrozenLayer`s over rows [..., P, B, in]; biases may differ per policy (folded task embeddings).
 
-    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8):
+    With `rows` the weights are also kept packed, W and its transpose, for products of about so many rows.
+    """
+
+    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, rows: int | None = None):
         self.layers, self.simnorm_dim = list(layers), simnorm_dim
+        self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
+            (None, None) if rows is None else (pack(s.weight, rows), pack(s.weight.T, rows)) for s in self.layers
+        ]
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Saved]]:
@@ -39,8 +46,8 @@ class FrozenNetwork:
         lead, batch = x.shape[:-1], x.shape[-2]
         x = x.reshape(-1, x.shape[-1])
         saved = []
-        for layer, norm in zip(self.layers, self._norms):
-            pre = _linear(x, layer, batch)
+        for layer, norm, (packed, _) in zip(self.layers, self._norms, self._packed):
+            pre = _linear(x, layer, packed, batch)
             if norm is None:
                 x = pre
                 continue
@@ -58,7 +65,7 @@ class FrozenNetwork:
         lead = dy.shape[:-1]
         dy = dy.reshape(-1, dy.shape[-1])
         keep = iter(reversed(saved))
-        for layer, norm in zip(reversed(self.layers), reversed(self._norms)):
+        for layer, norm, (_, packed) in zip(reversed(self.layers), reversed(self._norms), reversed(self._packed)):
             if norm is not None:
                 s = next(keep)
                 if s.y is not None:
@@ -68,14 +75,14 @@ class FrozenNetwork:
                 else:
                     grads = layernorm_mish.backward(dy[None], s.pre, s.mean, s.rstd, *norm, False)
                 dy = grads[0][0]
-            dy = torch.mm(dy, layer.weight)
+            dy = torch.mm(dy, layer.weight) if packed is None else packed.product(dy)
         return dy.view(*lead, -1)
 
 
-def _linear(x: Tensor, layer: FrozenLayer, batch: int) -> Tensor:
+def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int) -> Tensor:
     """x [R, in] @ W^T + bias, with bias [1, out] for all rows or [P, out] for rows ordered [..., P, batch]."""
     if layer.bias.shape[0] == 1:
-        return torch.addmm(layer.bias, x, layer.weight.T)
-    y = torch.mm(x, layer.weight.T)
+        return torch.addmm(layer.bias, x, layer.weight.T) if packed is None else packed.product(x, layer.bias[0])
+    y = torch.mm(x, layer.weight.T) if packed is None else packed.product(x)
     y.view(-1, layer.bias.shape[0], batch, y.shape[1]).add_(layer.bias[:, None])
     return y

@@ -1,0 +1,93 @@
+"""The gradient that comes back from imagined trajectories, by central differences and by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from small import ACTION_DIM, OBS_DIM, extraction, relative, start_obs, world_model
+from torch import Tensor
+
+from pwm_fast.learning.extraction import Extraction
+from pwm_fast.learning.imagination import Rollout
+
+
+def imagine(ext: Extraction) -> Rollout:
+    """A rollout with fixed noise."""
+    c = ext.config
+    generator = torch.Generator().manual_seed(5)
+    shape = (ext.policies_count, c.horizon, c.batch_size, ACTION_DIM)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return ext.imagination.rollout(ext.actor, start_obs(ext), noise)
+
+
+@pytest.mark.parametrize(
+    "of", ["reward", "continues", "last_latent"], ids=lambda name: f"gradient-of-{name.replace('_', '-')}"
+)
+def test_gradient_by_central_differences(of: str) -> None:
+    """Directional derivatives of a random linear function of rewards, continuations or z_H, policy by policy."""
+    model = world_model(termination_dim=11)
+    ext = extraction(model, policies=2, terminations=True, detach_actor_input=False)
+    rollout, generator = imagine(ext), torch.Generator().manual_seed(6)
+
+    def random_like(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+    last = ext.config.horizon
+    values: dict[str, Callable[[Rollout], Tensor]] = {
+        "reward": lambda r: r.reward,
+        "continues": lambda r: r.continues,
+        "last_latent": lambda r: r.latents[:, last],
+    }
+    gradients = {name: torch.zeros_like(value(rollout)) for name, value in values.items()}
+    gradients[of] = random_like(gradients[of])
+    ext.imagination.backward(
+        ext.actor, rollout, gradients["reward"], gradients["continues"], gradients["last_latent"], False
+    )
+    flat, step = ext.actor.parameters.flat, 1e-6
+    for policy in range(2):
+        direction = torch.zeros_like(flat)
+        direction[policy] = random_like(flat[policy])
+        for name, offset in ext.actor.parameters._offsets.items():  # padding is no parameter
+            end = offset + ext.actor.parameters.views[name][0].numel()
+            direction[policy, end : end + -end % 16] = 0
+        start, ends = flat.clone(), []
+        for sign in (1, -1):
+            flat.copy_(start + sign * step * direction)
+            ends.append((values[of](imagine(ext)) * gradients[of]).sum().item())
+        flat.copy_(start)
+        expected = (ends[0] - ends[1]) / (2 * step)
+        actual = (ext.actor.parameters.grad * direction).sum().item()
+        assert actual == pytest.approx(expected, rel=1e-6)
+
+
+def test_rollout_is_the_world_model_step_by_step() -> None:
+    model = world_model(termination_dim=11)
+    ext = extraction(model, policies=3, terminations=True)
+    rollout, tasks = imagine(ext), torch.tensor([0, 1, 2])[:, None]
+    with torch.no_grad():
+        z = model.encode(start_obs(ext), tasks)
+        for h in range(ext.config.horizon):
+            assert relative(rollout.latents[:, h], z) < 1e-12
+            action = ext.actor.forward(z, rollout.noise[:, h]).action
+            assert relative(rollout.reward[h], model.reward(z, action, tasks)) < 1e-12
+            z = model.next(z, action, tasks)
+            ended = torch.sigmoid(model.termination_logit(z, tasks))
+            assert relative(rollout.continues[h], 1 - ended) < 1e-12
+
+
+def test_no_gradient_reaches_the_world_model() -> None:
+    model = world_model()
+    ext = extraction(model)
+    ext.step(start_obs(ext))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_observation_statistics_are_part_of_the_model() -> None:
+    """Raw observations go in; folding mean and standard deviation into the first layer changes nothing."""
+    model = world_model()
+    ext = extraction(model)
+    obs = torch.randn(1, ext.config.batch_size, OBS_DIM, dtype=torch.float64)
+    z = ext.imagination.encoder.forward(obs)[0]
+    assert relative(z, model.encode(obs, torch.zeros(1, 1, dtype=torch.int64)).detach()) < 1e-12

@@ -1,0 +1,57 @@
+"""Frozen networks: forward and input gradient against autograd, with and without packed weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small import ACTION_DIM, relative, world_model
+
+from pwm_fast.models import matmul
+from pwm_fast.models.frozen import FrozenNetwork
+
+
+@pytest.mark.parametrize("network", ["dynamics", "reward"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 3e-5)], ids=["f64", "f32-packed"])
+def test_forward_and_input_gradient(network: str, dtype: torch.dtype, tolerance: float) -> None:
+    """float32 on the CPU runs on packed weights where the machine has them; the definition is float64."""
+    exact, tasks = world_model(), torch.tensor([0, 2])
+    z = torch.rand(2, 6, 16, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(2, 6, ACTION_DIM, dtype=torch.float64, requires_grad=True)
+    function = exact.next if network == "dynamics" else exact.reward_logits
+    expected = function(z, a, tasks[:, None])
+    dy = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (expected * dy).sum().backward()
+
+    frozen = world_model(dtype=dtype).frozen(tasks)
+    layers = frozen.dynamics if network == "dynamics" else frozen.reward
+    net = FrozenNetwork(layers, rows=12)
+    y, saved = net.forward(torch.cat([z, a], -1).detach().to(dtype))
+    assert relative(y.double(), expected.detach()) < tolerance
+    dx = net.input_gradient(dy.to(dtype), saved)
+    assert relative(dx.double(), torch.cat([z.grad, a.grad], -1)) < tolerance
+
+
+def test_packed_weights_multiply_like_plain_ones() -> None:
+    weight, bias = torch.randn(40, 23), torch.randn(40)
+    packed = matmul.pack(weight, rows=8)
+    if packed is None:
+        pytest.skip("this torch has no packed float32 products")
+    for rows in (1, 8, 33):
+        x = torch.randn(rows, 46)[:, ::2]
+        exact = x.double() @ weight.double().T
+        assert relative(packed.product(x).double(), exact) < 1e-6
+        assert relative(packed.product(x, bias).double(), exact + bias.double()) < 1e-6
+
+
+def test_other_types_are_not_packed() -> None:
+    assert matmul.pack(torch.randn(4, 4, dtype=torch.float64), rows=8) is None
+
+
+def test_fast_matmul_puts_the_switch_back_and_stays_float32() -> None:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    a, b = torch.randn(64, 96), torch.randn(96, 32)
+    with matmul.fast_matmul(torch.float32, torch.device("cpu")):
+        product = a @ b
+    assert settings.fp32_precision == before
+    assert relative(product.double(), a.double() @ b.double()) < 1e-5
