@@ -57,6 +57,8 @@ class Options:
     """Episode store for start states and rehearsal (default: what comes with the world model)."""
     finetune: bool = True
     """Let the world model learn from the policies' own real episodes."""
+    start: Literal["cloned", "scratch"] = "cloned"
+    """Where policies start: imitating the best of the data, or random."""
     preset: str = "fast"
     """What extraction computes: fast, paper, published-code."""
     size: str | None = None
@@ -133,7 +135,7 @@ def extract(options: Options, name: str) -> Path:
             seconds = None if minutes is None else 60 * minutes
             job = make_job(
                 name, model, data, seeds, Budget(options.steps, seconds), folder.file("replay"), setting, rounds,
-                options.seed, options.threads,
+                options.seed, options.threads, options.start,
             )  # fmt: skip
             state = folder.load_checkpoint() if options.resume else None
             if state is not None:
@@ -202,7 +204,7 @@ def learn(
                 row["step"],
                 real=row["real_return"].mean(),
                 best=row["best_return"].mean(),
-                imagined=row["imagined_return"].mean(),
+                imagined=row["imagined_return"].mean() if "imagined_return" in row else None,
                 imagined_over_real=row["imagined_over_real"].mean(),
             )
 
@@ -234,16 +236,17 @@ def close(
             if len(seeds) > 1:
                 folder.save_policy(policies[i], seed)
         folder.save_policy(policies[best])
-        about = model.provenance
-        data = about.get("data", {})
+        data = model.provenance.get("data", {})
+        rows = folder.metrics()
+        cloned = [row["real_return"] for row in rows if row["step"] == 0]
+        cloning = float(np.mean(cloned)) if cloned else None
         levels = {
             "paper": task.paper_return,
             "random": task.random_return,
             "data, best": data.get("return_best"),
             "data, mean": data.get("return_mean"),
-            "cloning": about.get("cloning_return"),
+            "cloning": cloning,
         }
-        rows = folder.metrics()
         curve(folder.file("curve.png"), f"{task.title}: real return while extracting", series(rows, "real_return"),
               series(rows, "imagined_return"), levels=levels)  # fmt: skip
         joint_q = results[best].joint_q
@@ -262,7 +265,7 @@ def close(
         precision=options.precision,
         data_mean=data.get("return_mean"),
         data_best=data.get("return_best"),
-        cloning_return=about.get("cloning_return"),
+        cloning_return=cloning,
         finetune=options.finetune,
     )
     folder.write_summary(summary)

@@ -1,4 +1,8 @@
-"""Behaviour cloning on the best episodes of a store: what the same data gives without a world model's imagination."""
+"""Behaviour cloning on the best episodes of a store: a baseline, and where extraction may start from.
+
+A cloned policy lives where the data is, so where the world model is right; one that starts from random weights first
+finds the model's errors.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,46 @@ import torch
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.optim import Adam
-from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
+
+
+def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
+    """Ids of the `share` of episodes with the highest returns; a store of pieces ranks them by the whole ones."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    returns = np.asarray(store.meta.get("episode_return", store.statistics()["returns"]))
+    return np.argsort(returns, kind="stable")[-max(round(share * len(returns)), 1) :]
 
 
 @torch.no_grad()
 def clone(
+    extraction: Extraction,
     world_model: WorldModel,
     store: EpisodeStore,
-    task: str,
     share: float = 0.1,
     steps: int = 2000,
     batch_size: int = 256,
     learning_rate: float = 5e-4,
-    seed: int = 0,
-) -> Policy:
-    """Regress the actions of the `share` of episodes with the highest returns; extraction's own actor and encoder.
+) -> None:
+    """Set the extraction's actors, each by its own seed, to regress the actions of the best episodes (Adam, MSE).
 
     Raises ValueError for a share outside (0, 1] or steps < 1.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
-    returns = store.statistics()["returns"]
-    best = np.argsort(returns)[-max(int(share * len(returns)), 1) :]
-    sampler = WindowSampler(store, 1, best, seed=seed)
-    extraction = Extraction(world_model, seeds=[seed], tasks=[task])
-    actor, active = extraction.actor, torch.ones(1, dtype=torch.bool)
-    optimizer = Adam(actor.parameters, 1, (0.9, 0.999))
+    ids, actor, policies = best_episodes(store, share), extraction.actor, len(extraction.seeds)
+    samplers = [WindowSampler(store, 1, ids, seed=seed) for seed in extraction.seeds]
+    optimizer, active = Adam(actor.parameters, policies, (0.9, 0.999)), torch.ones(policies, dtype=torch.bool)
     for step in range(steps):
-        batch = sampler.windows(step, batch_size)
-        obs, goal = torch.from_numpy(batch["obs"][0]), torch.from_numpy(batch["action"][0])
-        noise = torch.zeros(1, *goal.shape)
-        sample = actor.forward(world_model.encode(obs)[None], noise)
-        error = sample.action - goal
-        actor.backward(error * (2.0 / error.numel()), noise, sample)
-        rate = learning_rate * (1.0 - step / steps)
-        optimizer.step(torch.tensor([rate]), 1.0, active)
-    return extraction.policies()[0]
+        batches = [sampler.windows(step, batch_size) for sampler in samplers]
+        obs = torch.from_numpy(np.stack([b["obs"][0] for b in batches]))  # [P, B, S]
+        goal = torch.from_numpy(np.stack([b["action"][0] for b in batches]))  # [P, B, A]
+        noise = torch.zeros_like(goal)
+        sample = actor.forward(world_model.encode(obs, _task(extraction)), noise)
+        actor.backward((sample.action - goal) * (2.0 / goal[0].numel()), noise, sample)
+        optimizer.step(torch.full((policies,), learning_rate * (1.0 - step / steps)), 1.0, active)
+
+
+def _task(extraction: Extraction) -> torch.Tensor | None:
+    ids = extraction.task_ids
+    return None if ids is None else ids[:, None]

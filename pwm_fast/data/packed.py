@@ -1,7 +1,7 @@
 """A small part of an episode store in one file of a few megabytes, for shipping beside a world model.
 
-Start states and model rehearsal need variety rather than whole episodes, so a pack holds short pieces of many episodes
-from worst to best, half precision, compressed. `unpack` makes an episode store of it.
+It holds short pieces of many episodes rather than few whole ones: start states and cloning need variety. Half
+precision, compressed; the last action is left out of observations that show it. `unpack` makes an episode store of it.
 """
 
 from __future__ import annotations
@@ -16,41 +16,52 @@ from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError
 from pwm_fast.state_files import atomic_file
 
 FORMAT = "pwm_fast.episodes.1"
+TOP_SHARE = 0.2  # of episodes by return
+FROM_TOP = 0.65  # of the pieces
 
 
-def pack(store: EpisodeStore, path: str | Path, transitions: int = 20_000, piece: int = 64, seed: int = 0) -> int:
+def pack(store: EpisodeStore, path: str | Path, transitions: int = 40_000, piece: int = 40, seed: int = 0) -> int:
     """Write about `transitions` transitions in pieces of at most `piece`; returns how many.
 
-    Pieces come from episodes drawn uniformly by return rank; every other piece is an episode's end, so that falls are
-    among them.
+    Two thirds of the pieces come from the best fifth of the episodes, the rest from all of them by return rank. Of
+    either, one in six is an episode's beginning and one in six its end, so that starts and falls are among them.
     """
     rng = np.random.default_rng(seed)
-    by_return = np.argsort(store.statistics()["returns"], kind="stable")
-    count = max(transitions // piece, 1)
-    chosen = by_return[np.linspace(0, len(by_return) - 1, count).round().astype(int)]
-    obs, action, reward, terminated, lengths = [], [], [], [], []
-    for i, index in enumerate(chosen):
-        episode = store.episode(int(index))
-        total = len(episode["reward"])
-        length = min(piece, total)
-        start = total - length if i % 2 else int(rng.integers(total - length + 1))
-        obs.append(episode["obs"][start : start + length + 1])
-        action.append(episode["action"][start : start + length])
-        reward.append(episode["reward"][start : start + length])
-        terminated.append(bool(episode["terminated"][start + length - 1]))
-        lengths.append(length)
+    returns = store.statistics()["returns"]
+    order = np.argsort(returns, kind="stable")
+    best = order[-max(int(TOP_SHARE * len(order)), 1) :]
+    chosen: list[tuple[int, int, int]] = []  # episode, first row, length
+    while sum(length for *_, length in chosen) < transitions:
+        source = best if rng.random() < FROM_TOP else order
+        episode = int(source[rng.integers(len(source))])
+        total = int(store.lengths[episode])
+        length, place = min(piece, total), int(rng.integers(6))
+        first = {0: 0, 1: total - length}.get(place, int(rng.integers(total - length + 1)))
+        chosen.append((episode, first, length))
+    obs, action, reward, terminated = [], [], [], []
+    for episode, first, length in chosen:
+        whole, span = store.episode(episode), slice(first, first + length)
+        obs.append(whole["obs"][first : first + length + 1])
+        action.append(whole["action"][span])
+        reward.append(whole["reward"][span])
+        terminated.append(bool(whole["terminated"][first + length - 1]))
+    size = store.action_dim
+    shown = all(np.array_equal(o[1:, -size:], a) for o, a in zip(obs, action))
+    starts = np.stack([o[0, -size:] for o in obs])
     with atomic_file(path) as file:
         np.savez_compressed(
             file,
             format=np.array(FORMAT),
             task_names=np.array(store.task_names),
-            lengths=np.array(lengths, np.int32),
+            lengths=np.array([length for *_, length in chosen], np.int32),
+            episode_return=returns[[episode for episode, *_ in chosen]].astype(np.float32),
             terminated=np.array(terminated),
-            obs=np.concatenate(obs).astype(np.float16),
+            obs=np.concatenate(obs)[:, : -size if shown else None].astype(np.float16),
+            first_shown=starts.astype(np.float16) if shown else np.zeros((0, size), np.float16),
             action=np.concatenate(action).astype(np.float16),
             reward=np.concatenate(reward).astype(np.float16),
         )
-    return int(np.sum(lengths))
+    return sum(length for *_, length in chosen)
 
 
 def unpack(path: str | Path, destination: str | Path) -> EpisodeStore:
@@ -61,17 +72,22 @@ def unpack(path: str | Path, destination: str | Path) -> EpisodeStore:
     if (Path(destination) / "meta.json").exists():
         return EpisodeStore.open(destination)
     try:
-        with np.load(path, allow_pickle=False) as pack:
-            if str(pack["format"]) != FORMAT:
-                raise StoreError(f"{path} is no pack of episodes (format {pack['format']})")
-            obs, action = pack["obs"].astype(np.float32), pack["action"].astype(np.float32)
-            reward, lengths = pack["reward"].astype(np.float32), pack["lengths"]
-            names = [str(n) for n in pack["task_names"]]
-            row = np.concatenate([[0], np.cumsum(lengths)])
-            with EpisodeWriter(destination, obs.shape[1], action.shape[1], task_names=names) as writer:
-                for i, (a, b) in enumerate(pairwise(row)):
-                    writer.add(obs[a + i : b + i + 1], action[a:b], reward[a:b], bool(pack["terminated"][i]))
-    except (BadZipFile, KeyError, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["format"]) != FORMAT:
+                raise StoreError(f"{path} is no pack of episodes (format {file['format']})")
+            pack = {name: file[name] for name in file.files}
+        obs, action, reward = (pack[name].astype(np.float32) for name in ("obs", "action", "reward"))
+        rows, first_shown = np.concatenate([[0], np.cumsum(pack["lengths"])]), pack["first_shown"].astype(np.float32)
+        names = [str(name) for name in pack["task_names"]]
+        meta = {"episode_return": pack["episode_return"].tolist()}
+        width = obs.shape[1] + first_shown.shape[1] * bool(len(first_shown))
+        with EpisodeWriter(destination, width, action.shape[1], task_names=names, meta=meta) as writer:
+            for i, (a, b) in enumerate(pairwise(rows)):
+                seen = obs[a + i : b + i + 1]
+                if len(first_shown):
+                    seen = np.concatenate([seen, np.concatenate([first_shown[i : i + 1], action[a:b]])], 1)
+                writer.add(seen, action[a:b], reward[a:b], bool(pack["terminated"][i]))
+    except (BadZipFile, KeyError, ValueError, IndexError) as error:
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"{path} is damaged: {error}") from error

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pwm_fast.baselines.cloning import clone
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate
@@ -92,6 +93,10 @@ class ExtractionRounds:
             ),
             self._model_batch,
         )
+
+    def start_from_clones(self) -> None:
+        """Set the actors to imitate the best of the data, before the first round."""
+        clone(self.extraction, self.world_model, self._data)
 
     # one round -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ Report = Callable[[dict[str, Any]], None]
 """Called after every round with `round`, `step`, `seconds` and arrays [P]: real_return, imagined_return, ..."""
 
 
+STARTS = ("cloned", "scratch")
+
+
 @dataclass(frozen=True)
 class Budget:
     """When to stop: after `steps` gradient steps, or after `seconds`, whichever is given and comes first.
@@ -45,8 +48,10 @@ class Budget:
 class Job:
     """Runs rounds within a budget; `run` may be called again after `load_state_dict`."""
 
-    def __init__(self, rounds: ExtractionRounds, budget: Budget):
-        self.rounds, self.budget = rounds, budget
+    def __init__(self, rounds: ExtractionRounds, budget: Budget, start: str = "cloned"):
+        if start not in STARTS:
+            raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+        self.rounds, self.budget, self.start = rounds, budget, start
         self.seconds = 0.0  # spent in rounds, over all processes that worked on this run
         self._schedule(first_guess=budget.steps or 100 * rounds.config.extraction_steps)
 
@@ -88,6 +93,19 @@ class Job:
             on_step(self.steps_done)
             return stop() or late
 
+        def finish(metrics: dict[str, Any]) -> None:
+            number = rounds.rounds_done
+            rounds.finish_round()
+            self.seconds = before + time.monotonic() - begun
+            self._schedule()
+            row = {"round": number, "step": self.steps_done, "seconds": self.seconds, **metrics}
+            report({**row, "best_return": rounds.best_return.copy(), "diverged": rounds.diverged()})
+
+        if self.start == "cloned" and rounds.rounds_done == 0:
+            with timed("cloning"):
+                rounds.start_from_clones()
+            with timed("real episodes"):
+                finish(rounds.look_at_reality())
         while not self.finished():
             left = None if self.budget.steps is None else self.budget.steps - self.steps_done
             with timed("extraction"):
@@ -100,11 +118,7 @@ class Job:
                 model = rounds.learn_model(spent)
             if stop():
                 return False
-            rounds.finish_round()
-            self.seconds = before + time.monotonic() - begun
-            self._schedule()
-            row = {"round": rounds.rounds_done, "step": self.steps_done, "seconds": self.seconds, **metrics, **model}
-            report({**row, "best_return": rounds.best_return.copy(), "diverged": rounds.diverged()})
+            finish({**metrics, **model})
             if rounds.diverged().all():
                 break
         return True
@@ -138,8 +152,13 @@ def make_job(
     rounds: RoundConfig,
     seed: int = 0,
     threads: int | None = None,
+    start: str = "cloned",
 ) -> Job:
-    """A job for one task and several seeds. Raises ValueError where model, data and task do not fit each other."""
+    """A job for one task and several seeds.
+
+    `start`: actors imitate the best of the data first ("cloned"), or are random ("scratch").
+    Raises ValueError where model, data and task do not fit each other.
+    """
     from pwm_fast.envs import registry
 
     row = registry.get(task)
@@ -156,10 +175,12 @@ def make_job(
             f"the data has {data.obs_dim} observations and {data.action_dim} actions, task {task} has {want[0]} and "
             f"{want[1]}: is it another task's?"
         )
+    if start == "scratch":
+        extraction = replace(extraction, actor_delay=0)
     if extraction.terminations and not world_model.has_termination:
         extraction = replace(extraction, terminations=False)
     learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds))
-    return Job(ExtractionRounds(task, world_model, learner, data, replay, rounds, seed, threads), budget)
+    return Job(ExtractionRounds(task, world_model, learner, data, replay, rounds, seed, threads), budget, start)
 
 
 def extract_policies(
@@ -173,6 +194,7 @@ def extract_policies(
     finetune: bool = True,
     config: ExtractionConfig | str = "fast",
     rounds: RoundConfig | None = None,
+    start: str = "cloned",
     report: Report = lambda row: None,
 ) -> dict[str, list[Policy]]:
     """Learn policies from a world model: for every task a list with the best policy of each seed.
@@ -192,7 +214,7 @@ def extract_policies(
         with tempfile.TemporaryDirectory() as folder:
             job = make_job(
                 task, model, store, chosen, budget, Path(folder) / "replay", setting,
-                each if finetune else replace(each, model_steps=0),
+                each if finetune else replace(each, model_steps=0), start=start,
             )  # fmt: skip
             job.run(report)
             out[task] = job.rounds.best()

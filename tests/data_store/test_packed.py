@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pwm_fast.baselines.cloning import best_episodes
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError
 from pwm_fast.data.packed import pack, unpack
 
@@ -19,13 +20,13 @@ def store(tmp_path) -> EpisodeStore:
     return EpisodeStore.open(tmp_path / "store")
 
 
-def test_a_pack_keeps_pieces_from_worst_to_best_and_falls(store, tmp_path):
+def test_a_pack_favours_the_best_and_keeps_the_rest_and_falls(store, tmp_path):
     count = pack(store, tmp_path / "p.npz", transitions=640, piece=32)
     back = unpack(tmp_path / "p.npz", tmp_path / "back")
     assert back.num_transitions == count
-    assert back.lengths.max() == 32 and back.num_episodes == 20
-    rewards = [back.episode(i)["reward"][0] for i in range(back.num_episodes)]
-    assert min(rewards) < 3 and max(rewards) > 30
+    assert back.lengths.max() == 32 and 640 <= count < 700
+    best_fifth = np.quantile(store.statistics()["returns"], 0.8)
+    assert 0.4 < np.mean(np.array(back.meta["episode_return"]) >= best_fifth) < 0.95
     falls = [bool(back.episode(i)["terminated"][-1]) for i in range(back.num_episodes)]
     assert 0 < sum(falls) < len(falls)
 
@@ -41,6 +42,30 @@ def test_every_piece_is_a_piece_of_an_episode(store, tmp_path):
         span = slice(starts[0], starts[0] + len(piece["reward"]))
         np.testing.assert_allclose(piece["action"], whole["action"][span], atol=1e-3)
         np.testing.assert_array_equal(piece["terminated"], whole["terminated"][span])
+
+
+def test_observations_that_show_the_last_action_come_back_whole(tmp_path):
+    random = np.random.default_rng(1)
+    with EpisodeWriter(tmp_path / "store", 5, 2, task_names=["thing"]) as writer:
+        for _ in range(12):
+            action = random.uniform(-1, 1, (50, 2))
+            shown = np.concatenate([random.uniform(-1, 1, (1, 2)), action])
+            writer.add(np.concatenate([random.normal(size=(51, 3)), shown], 1), action, action.sum(1), terminated=False)
+    store = EpisodeStore.open(tmp_path / "store")
+    pack(store, tmp_path / "p.npz", transitions=200, piece=16)
+    back = unpack(tmp_path / "p.npz", tmp_path / "back")
+    assert back.obs_dim == 5
+    piece = back.episode(0)
+    np.testing.assert_array_equal(piece["obs"][1:, 3:], piece["action"])
+    assert np.abs(store.obs[:, 3:] - piece["obs"][0, 3:]).max(1).min() < 1e-3
+
+
+def test_cloning_ranks_pieces_by_their_episodes(store, tmp_path):
+    pack(store, tmp_path / "p.npz", transitions=640, piece=32)
+    back = unpack(tmp_path / "p.npz", tmp_path / "back")
+    returns = store.statistics()["returns"]
+    source = [int(back.episode(int(i))["reward"][0]) for i in best_episodes(back, 0.2)]
+    assert returns[source].min() >= np.quantile(np.array(back.meta["episode_return"]), 0.75)
 
 
 def test_an_unpacked_store_is_used_again(store, tmp_path):

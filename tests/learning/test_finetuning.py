@@ -21,9 +21,10 @@ ROUND = RoundConfig(
 def job(tiny_world_model, tiny_store, tmp_path):
     """A function that makes the same job anew, with its replay store in a folder of its own."""
 
-    def make(name: str = "a", rounds: RoundConfig = ROUND, seeds=(0, 1), steps: int = 9) -> Job:
+    def make(name: str = "a", rounds: RoundConfig = ROUND, seeds=(0, 1), steps: int = 9, start="scratch"):
         model, data = WorldModel.load(tiny_world_model), EpisodeStore.open(tiny_store)
-        return make_job("hopper", model, data, seeds, Budget(steps=steps), tmp_path / name / "replay", SMALL, rounds)
+        replay = tmp_path / name / "replay"
+        return make_job("hopper", model, data, seeds, Budget(steps=steps), replay, SMALL, rounds, start=start)
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -42,6 +43,14 @@ def test_a_run_ends_after_its_steps_and_reports_every_round(job):
     assert [row["step"] for row in rows] == [3, 6, 8]
     assert all(np.isfinite(row["real_return"]).all() and row["real_return"].shape == (2,) for row in rows)
     assert rows[-1]["best_return"] == pytest.approx(np.max([row["real_return"] for row in rows], axis=0))
+
+
+def test_cloned_policies_are_looked_at_before_the_first_step(job):
+    rows = []
+    work = job(steps=3, start="cloned")
+    work.run(rows.append)
+    assert [(row["round"], row["step"]) for row in rows] == [(0, 0), (1, 3)]
+    assert (rows[1]["best_return"] >= rows[0]["real_return"]).all()
 
 
 def test_resume_through_a_file_equals_the_whole_run(job, tmp_path):
@@ -119,9 +128,7 @@ def test_the_gauge_is_imagined_over_real_reward(tiny_world_model, tiny_policies)
 
 
 def test_extract_policies_is_the_short_way(tiny_world_model, tiny_store):
-    found = extract_policies(
-        tiny_world_model, tiny_store, ["hopper"], seeds=2, steps=4, config=SMALL, rounds=ROUND
-    )
+    found = extract_policies(tiny_world_model, tiny_store, ["hopper"], seeds=2, steps=4, config=SMALL, rounds=ROUND)
     assert [p.task for p in found["hopper"]] == ["hopper", "hopper"]
     assert found["hopper"][0].act(np.zeros(11, np.float32)).shape == (3,)
 
