@@ -10,17 +10,10 @@ import numpy as np
 import torch
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
+from pwm_fast.data.packed import best_episodes
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.optim import Adam
 from pwm_fast.models.world_model import WorldModel
-
-
-def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
-    """Ids of the `share` of episodes with the highest returns; a store of pieces ranks them by the whole ones."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be in (0, 1], got {share}")
-    returns = np.asarray(store.meta.get("episode_return", store.statistics()["returns"]))
-    return np.argsort(returns, kind="stable")[-max(round(share * len(returns)), 1) :]
 
 
 @torch.no_grad()

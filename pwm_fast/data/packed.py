@@ -16,20 +16,32 @@ from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError
 from pwm_fast.state_files import atomic_file
 
 FORMAT = "pwm_fast.episodes.1"
-TOP_SHARE = 0.2  # of episodes by return
+TOP_SHARE = 0.2  # of transitions, in the best episodes
 FROM_TOP = 0.65  # of the pieces
+
+
+def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
+    """Ids of the episodes with the highest returns that hold `share` of the transitions, worst first.
+
+    Pieces of episodes are ranked by the whole episodes' returns. Raises ValueError for a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share}")
+    returns = np.asarray(store.meta.get("episode_return", store.statistics()["returns"]))
+    order = np.argsort(returns, kind="stable")
+    held = np.cumsum(store.lengths[order][::-1])[::-1]  # by each episode and all better ones
+    return order[min(int(np.searchsorted(-held, -share * held[0])), len(order) - 1) :]
 
 
 def pack(store: EpisodeStore, path: str | Path, transitions: int = 40_000, piece: int = 40, seed: int = 0) -> int:
     """Write about `transitions` transitions in pieces of at most `piece`; returns how many.
 
-    Two thirds of the pieces come from the best fifth of the episodes, the rest from all of them by return rank. Of
+    Two thirds of the pieces come from the best episodes, which hold a fifth of the transitions, the rest from any. Of
     either, one in six is an episode's beginning and one in six its end, so that starts and falls are among them.
     """
     rng = np.random.default_rng(seed)
     returns = store.statistics()["returns"]
-    order = np.argsort(returns, kind="stable")
-    best = order[-max(int(TOP_SHARE * len(order)), 1) :]
+    best, order = best_episodes(store, TOP_SHARE), np.arange(store.num_episodes)
     chosen: list[tuple[int, int, int]] = []  # episode, first row, length
     while sum(length for *_, length in chosen) < transitions:
         source = best if rng.random() < FROM_TOP else order

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast.baselines.cloning import best_episodes, clone
+from pwm_fast.baselines.cloning import clone
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
@@ -55,8 +55,3 @@ def test_a_clone_does_not_depend_on_who_shares_the_batch(store):
     for (name, a), b in zip(both.policies()[1].tensors().items(), alone.policies()[0].tensors().values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
 
-
-def test_which_episodes_are_best(store):
-    assert set(best_episodes(store, 0.5)) == set(range(1, 40, 2))
-    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
-        best_episodes(store, 0)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from pwm_fast.baselines.cloning import best_episodes
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError
-from pwm_fast.data.packed import pack, unpack
+from pwm_fast.data.packed import best_episodes, pack, unpack
 
 
 @pytest.fixture
@@ -66,6 +65,17 @@ def test_cloning_ranks_pieces_by_their_episodes(store, tmp_path):
     returns = store.statistics()["returns"]
     source = [int(back.episode(int(i))["reward"][0]) for i in best_episodes(back, 0.2)]
     assert returns[source].min() >= np.quantile(np.array(back.meta["episode_return"]), 0.75)
+
+
+def test_the_best_episodes_hold_a_share_of_the_transitions(store):
+    returns, lengths = store.statistics()["returns"], store.lengths
+    for share in (0.05, 0.3, 1.0):
+        best = best_episodes(store, share)
+        others = np.setdiff1d(np.arange(40), best)
+        assert len(others) == 0 or returns[best].min() >= returns[others].max()
+        assert abs(lengths[best].sum() / lengths.sum() - share) < 0.06
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        best_episodes(store, 0)
 
 
 def test_an_unpacked_store_is_used_again(store, tmp_path):
