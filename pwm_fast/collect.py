@@ -43,6 +43,8 @@ class Options:
     """shac: environment steps; the learning-rate schedule then follows them, and a run is a function of its seed."""
     episodes: int = 256
     """random, PATH: how many episodes. shac: how many of its best policy at the end."""
+    evaluation_episodes: int = 64
+    """shac: episodes per evaluation; the best evaluation decides which policy is kept."""
     noise: float = 0.0
     """PATH: standard deviation of the normal noise added to actions."""
     seed: int = 0
@@ -89,6 +91,7 @@ def _collect_shac(task: registry.Task, options: Options, console: Console) -> No
         threads=options.threads,
         max_transitions=options.max_transitions,
         best_episodes=options.episodes,
+        evaluation_episodes=options.evaluation_episodes,
         resume=options.resume,
         checkpoint_seconds=60 * options.checkpoint_minutes,
         console=console,

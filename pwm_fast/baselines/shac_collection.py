@@ -40,7 +40,7 @@ from pwm_fast.state_files import read_json, write_json
 
 RUN = "shac"
 BEST_NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviations added to the best policy's actions
-RANDOM_EPISODES, RANDOM_PHASE = 64, "random actions"
+RANDOM_PHASE = "random actions"
 RANDOM_STREAM, BEST_STREAM = 2, 3
 
 
@@ -78,6 +78,7 @@ def collect_shac(
     threads: int | None = None,
     max_transitions: int = 2_000_000,
     best_episodes: int = 256,
+    evaluation_episodes: int = 64,
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
     console: Console | None = None,
@@ -93,7 +94,15 @@ def collect_shac(
     refuse_mismatch(out, resume)
     if resume and config is None and (out / RUN / OPTIONS).exists():
         config = SHACConfig.from_json(read_json(out / RUN / OPTIONS)["config"])
-    training = SHACTraining(task, minutes=minutes, steps=steps, seed=seed, config=config, threads=threads)
+    training = SHACTraining(
+        task,
+        minutes=minutes,
+        steps=steps,
+        seed=seed,
+        config=config,
+        threads=threads,
+        evaluation_episodes=evaluation_episodes,
+    )
     with Interrupt() as interrupt, ExitStack() as stack, one_torch_thread():
         run = _Run(training, out, best_episodes, checkpoint_seconds, console or make_console(), interrupt)
         return run.complete() if run.open(stack, max_transitions, resume) else run.summary()
@@ -152,7 +161,13 @@ class _Run:
         return True
 
     def _options(self) -> dict[str, Any]:
-        return {"task": self.training.task.name, "seed": self.training.seed, "config": asdict(self.training.config)}
+        training = self.training
+        return {
+            "task": training.task.name,
+            "seed": training.seed,
+            "evaluation_episodes": training.evaluation_episodes,
+            "config": asdict(training.config),
+        }
 
     def _open_folder(self) -> RunFolder:
         options = self.out / RUN / OPTIONS
@@ -171,8 +186,8 @@ class _Run:
             training.task,
             lambda seed: RandomActions(training.task.action_dim, seed),
             RANDOM_PHASE,
-            episodes=RANDOM_EPISODES,
-            batch=RANDOM_EPISODES,
+            episodes=training.evaluation_episodes,
+            batch=training.evaluation_episodes,
             seed=derived_seed(training.seed, RANDOM_STREAM),
             threads=training.threads,
         )

@@ -77,7 +77,7 @@ class SHACTraining:
     ):
         if minutes is None and steps is None:
             raise ValueError("give minutes, steps or both: a run needs an end")
-        for name, value in (("minutes", minutes), ("steps", steps)):
+        for name, value in (("minutes", minutes), ("steps", steps), ("evaluation_episodes", evaluation_episodes)):
             if value is not None:
                 positive(name, value)
         self.task, self.seed, self.threads = registry.get(task), seed, threads

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class PointEnv:
-    """q' = q + 0.1 qd, qd' = qd + 0.5 a, reward -|q|^2 - 0.1 |a|^2; obs = [q, qd]. Ends where |q| > 3, or after `length` steps."""
+    """q' = q + 0.1 qd, qd' = qd + 0.5 a, reward -|q|^2 - 0.1 |a|^2, obs = [q, qd]; ends at |q| > 3 or `length`."""
 
     obs_dim, action_dim = 4, 2
     task = SimpleNamespace(name="point", action_obs=0)

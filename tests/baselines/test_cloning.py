@@ -54,4 +54,3 @@ def test_a_clone_does_not_depend_on_who_shares_the_batch(store):
         clone(learner, model, store, steps=30, batch_size=16)
     for (name, a), b in zip(both.policies()[1].tensors().items(), alone.policies()[0].tensors().values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
-

@@ -172,7 +172,7 @@ def test_bad_policies_are_named(tmp_path, point_env):
 
 @pytest.mark.parametrize("budget", [{}, {"minutes": 0}, {"steps": -1}])
 def test_a_run_needs_a_budget(budget: dict):
-    with pytest.raises(ValueError, match="minutes|steps"):
+    with pytest.raises(ValueError, match=r"minutes|steps"):
         SHACTraining("hopper", **budget)
 
 
