@@ -28,7 +28,8 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 def derived_seed(seed: int, *path: int) -> int:
     """A seed for one part of a run: independent for different paths, the same on every machine."""
-    return int(np.random.SeedSequence((seed, *path)).generate_state(1, np.uint32)[0])
+    # the length goes in because SeedSequence takes (7,) and (7, 0) for the same
+    return int(np.random.SeedSequence((len(path), seed, *path)).generate_state(1, np.uint32)[0])
 
 
 class EpisodeAssembler:
