@@ -8,11 +8,13 @@ One iteration, with N environments and a window of H steps:
 4. the statistics that normalise observations are updated.
 
 Autograd runs through the simulator only. Actor and critic are those of extraction, with explicit gradients: the actor's
-weights get theirs in one batch over the window.
+weights get theirs in one batch over the window. The critic's regression needs nothing of the next window, and the next
+window needs nothing of it before its end: the two run side by side, with the results of running one after the other.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +88,8 @@ class Rollout:
 
 @dataclass(frozen=True)
 class IterationMetrics:
-    """What one iteration did. A gradient norm that is not finite means that the actor skipped its step."""
+    """What one iteration did. A gradient norm that is not finite means that the actor skipped its step; the critic's
+    loss is that of the last regression that has ended."""
 
     actor_gradient_norm: float
     critic_loss: float
@@ -139,14 +142,15 @@ class SHAC:
     """The algorithm's whole state on one `DifferentiableEnv`; `iteration` advances it by H * N environment steps.
 
     The environment has `action_in_obs=False`: the policy does not see its last action.
-    All randomness comes from `generator` and the environment's own, so that `state_dict` resumes exactly.
+    All randomness comes from the generators here and the environment's own, so that `state_dict` resumes exactly.
+    `overlap` lets the critic learn on a thread of its own while the next window is simulated; it changes no result.
     """
 
-    def __init__(self, env: Any, config: SHACConfig = SHACConfig(), seed: int = 0):
+    def __init__(self, env: Any, config: SHACConfig = SHACConfig(), seed: int = 0, overlap: bool = True):
         if env.num_envs != config.num_envs:
             raise ValueError(f"num_envs must be {config.num_envs} as configured, got {env.num_envs} environments")
         self.env, self.config, self.iterations = env, config, 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.critic_generator = (torch.Generator().manual_seed(seed) for _ in range(2))
         self.actor = Actor([seed], env.obs_dim, env.action_dim, config.actor_units)
         self.actor.parameters["log_std"].fill_(config.initial_log_std)
         self.critic, self.target_critic = (Critic([seed], env.obs_dim, 1, config.critic_units) for _ in range(2))
@@ -154,6 +158,9 @@ class SHAC:
         self.actor_optimizer = Adam(self.actor.parameters, 1, config.adam_betas)
         self.critic_optimizer = Adam(self.critic.parameters, 1, config.adam_betas)
         self._active = torch.ones(1, dtype=torch.bool)
+        self._worker = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) if overlap else None
+        self._regression: Future[float] | None = None
+        self.critic_loss = float("nan")  # of the last regression that has ended
         env.reset()
 
     @property
@@ -164,12 +171,26 @@ class SHAC:
         """`progress` in [0, 1] is the share of the training budget that is used up; it sets the learning rates."""
         decay = max(1.0 - progress, self.config.final_rate)
         rollout, tape = self._act()
+        self.finish_regression()
         norm = self._update_actor(rollout, tape, self.config.actor_learning_rate * decay)
         rollout = rollout.detach()
-        loss = self._update_critic(rollout, self.config.critic_learning_rate * decay)
+        self._begin_regression(rollout, self.config.critic_learning_rate * decay)
         self.normalisation.update(rollout.obs.flatten(0, 1))
         self.iterations += 1
-        return rollout, IterationMetrics(norm, loss, rollout.reward.mean().item())
+        return rollout, IterationMetrics(norm, self.critic_loss, rollout.reward.mean().item())
+
+    def _begin_regression(self, rollout: Rollout, learning_rate: float) -> None:
+        targets, inputs = self.targets(rollout).flatten(), self.normalisation(rollout.obs).flatten(0, 1)
+        if self._worker is None:
+            self.critic_loss = self._update_critic(inputs, targets, learning_rate)
+        else:
+            self._regression = self._worker.submit(self._update_critic, inputs, targets, learning_rate)
+
+    def finish_regression(self) -> None:
+        """Wait until the critic has learned from all windows so far; raises what went wrong there."""
+        if self._regression is not None:
+            pending, self._regression = self._regression, None
+            self.critic_loss = pending.result()
 
     def _act(self) -> tuple[Rollout, _Tape]:
         """H steps; the rollout's rewards and final observations carry the simulator's graph."""
@@ -222,13 +243,12 @@ class SHAC:
         return td_lambda.returns(reward, next_value, (~done).float(), c.gamma, c.td_lambda)
 
     @torch.no_grad()
-    def _update_critic(self, rollout: Rollout, learning_rate: float) -> float:
-        """Regress the targets; the mean squared error over the last epoch."""
+    def _update_critic(self, inputs: Tensor, targets: Tensor, learning_rate: float) -> float:
+        """Regress targets [R] on inputs [R, S], move the target critic; the mean squared error over the last epoch."""
         c = self.config
-        targets, inputs = self.targets(rollout).flatten(), self.normalisation(rollout.obs).flatten(0, 1)
         squares = torch.zeros(())
         for epoch in range(c.critic_epochs):
-            for batch in torch.randperm(len(inputs), generator=self.generator).chunk(c.critic_minibatches):
+            for batch in torch.randperm(len(inputs), generator=self.critic_generator).chunk(c.critic_minibatches):
                 value, saved = self.critic.forward(inputs[batch][None])
                 error = value - targets[batch]
                 self.critic.backward(error * (2.0 / len(batch)), saved)
@@ -251,23 +271,28 @@ class SHAC:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, the environment included; tensors are copies."""
+        self.finish_regression()
         return {
             "iterations": self.iterations,
+            "critic_loss": self.critic_loss,
             "networks": {name: parameters.flat.clone() for name, parameters in self._networks().items()},
             "actor_optimizer": self.actor_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "normalisation": self.normalisation.state_dict(),
             "generator": self.generator.get_state(),
+            "critic_generator": self.critic_generator.get_state(),
             "env": self.env.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError or RuntimeError where the state is that of another task or of other settings."""
-        self.iterations = state["iterations"]
+        self.finish_regression()
+        self.iterations, self.critic_loss = state["iterations"], state["critic_loss"]
         for name, parameters in self._networks().items():
             parameters.flat.copy_(state["networks"][name])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.normalisation.load_state_dict(state["normalisation"])
         self.generator.set_state(state["generator"])
+        self.critic_generator.set_state(state["critic_generator"])
         self.env.load_state_dict(state["env"])

@@ -90,7 +90,7 @@ class SHACTraining:
         self.iterations = None if steps is None else -(-steps // per_iteration)
         num_envs, env_seed = self.config.num_envs, derived_seed(seed, ENVIRONMENT_STREAM)
         env = DifferentiableEnv(task, num_envs, seed=env_seed, threads=threads, action_in_obs=False)
-        self.shac = SHAC(env, self.config, seed)
+        self.shac = SHAC(env, self.config, seed, overlap=threads != 1)
         self.seconds = 0.0
         self.evaluations: list[Evaluation] = []
         self._evaluations_due = 0
