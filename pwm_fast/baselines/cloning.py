@@ -15,23 +15,28 @@ from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.optim import Adam
 from pwm_fast.models.world_model import WorldModel
 
+ENOUGH = 40_000  # transitions: below, clones of the humanoid fall
+
 
 @torch.no_grad()
 def clone(
     extraction: Extraction,
     world_model: WorldModel,
     store: EpisodeStore,
-    share: float = 0.1,
-    steps: int = 2000,
+    share: float | None = None,
+    steps: int = 4000,
     batch_size: int = 256,
     learning_rate: float = 5e-4,
 ) -> None:
     """Set the extraction's actors, each by its own seed, to regress the actions of the best episodes (Adam, MSE).
 
+    `share` of the transitions: by default a tenth, and of a small store as much as gives `ENOUGH`, at most 60%.
     Raises ValueError for a share outside (0, 1] or steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
+    if share is None:
+        share = min(max(0.1, ENOUGH / store.num_transitions), 0.6)
     ids, actor, policies = best_episodes(store, share), extraction.actor, len(extraction.seeds)
     samplers = [WindowSampler(store, 1, ids, seed=seed) for seed in extraction.seeds]
     optimizer, active = Adam(actor.parameters, policies, (0.9, 0.999)), torch.ones(policies, dtype=torch.bool)

@@ -17,7 +17,7 @@ from pwm_fast.state_files import atomic_file
 
 FORMAT = "pwm_fast.episodes.1"
 TOP_SHARE = 0.2  # of transitions, in the best episodes
-FROM_TOP = 0.65  # of the pieces
+FROM_TOP = 0.8  # of the pieces
 
 
 def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
@@ -33,10 +33,10 @@ def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
     return order[min(int(np.searchsorted(-held, -share * held[0])), len(order) - 1) :]
 
 
-def pack(store: EpisodeStore, path: str | Path, transitions: int = 40_000, piece: int = 40, seed: int = 0) -> int:
+def pack(store: EpisodeStore, path: str | Path, transitions: int = 54_000, piece: int = 32, seed: int = 0) -> int:
     """Write about `transitions` transitions in pieces of at most `piece`; returns how many.
 
-    Two thirds of the pieces come from the best episodes, which hold a fifth of the transitions, the rest from any. Of
+    Four fifths of the pieces come from the best episodes, which hold a fifth of the transitions, the rest from any. Of
     either, one in six is an episode's beginning and one in six its end, so that starts and falls are among them.
     """
     rng = np.random.default_rng(seed)

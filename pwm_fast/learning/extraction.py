@@ -72,7 +72,7 @@ class ExtractionConfig:
 PRESETS = {
     "paper": ExtractionConfig(),
     "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
-    "fast": ExtractionConfig(terminations=True, critic_epochs=2, actor_delay=40),
+    "fast": ExtractionConfig(terminations=True, critic_epochs=2),
 }
 
 
@@ -234,12 +234,8 @@ class Extraction:
                 count = index.shape[1]
                 pick = index.reshape(-1)
                 latents = x.index_select(0, pick).view(policies, count, -1)
-                target = y.index_select(0, pick).view(policies, 1, count)
-                values, saved = self.critic.forward(latents)
-                error = values - target
-                total = total + error.square().mean((1, 2))
-                self.critic.backward(error.mul_(2 / (c.num_critics * count)), saved)
-                norm = self.critic_adam.step(lr, c.critic_max_norm, active)
+                loss, norm = self._regress(latents, y.index_select(0, pick).view(policies, 1, count), lr, active)
+                total = total + loss
                 active = active & torch.isfinite(norm)
         self.diverged |= ~active
         return {
@@ -247,6 +243,35 @@ class Extraction:
             "critic_grad_norm": norm,
             "target": targets.mean((0, 2)),
         }
+
+    def _regress(self, latents: Tensor, target: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of all critics on latents [P, R, Z], targets [P, 1, R]; squared error and gradient norm [P]."""
+        values, saved = self.critic.forward(latents)
+        error = values - target
+        loss = error.square().mean((1, 2))
+        self.critic.backward(error.mul_(2 / (self.config.num_critics * target.shape[2])), saved)
+        return loss, self.critic_adam.step(lr, self.config.critic_max_norm, active)
+
+    @torch.no_grad()
+    def fit_critics(
+        self, obs: Sequence[Tensor], target: Sequence[Tensor], steps: int = 400, batch: int = 256
+    ) -> Tensor:
+        """Regress given values before the first step: per policy obs [N, S] and target [N]; the last loss [P].
+
+        Bootstrapping from untrained critics takes hundreds of steps to reach values of hundreds; returns of real
+        episodes of the same policy put them there at once, by least squares in the last layers and then by gradient.
+        """
+        for p, (rows, value) in enumerate(zip(obs, target)):
+            z = self.imagination.encoder.forward(rows.to(self._device, self._dtype)[None])[0]
+            self.critic.fit_last_layer(p, z[0], value.to(self._device, self._dtype))
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        active, lr, loss = ~self.diverged, self.learning_rate(self.config.critic_lr), torch.zeros(len(self.seeds))
+        for _ in range(steps):
+            picks = [torch.randint(len(o), (batch,), generator=g) for o, g in zip(obs, generators)]
+            rows = torch.stack([o[i] for o, i in zip(obs, picks)]).to(self._device, self._dtype)
+            value = torch.stack([t[i] for t, i in zip(target, picks)]).to(self._device, self._dtype)
+            loss, _ = self._regress(self.imagination.encoder.forward(rows)[0], value[:, None], lr, active)
+        return loss
 
     def _minibatch_orders(self, rows: int) -> list[Tensor]:
         """Row numbers [P, rows] of the flattened batch, one order per epoch."""

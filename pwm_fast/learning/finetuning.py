@@ -33,12 +33,12 @@ MOST_EPISODES = 256  # environments per policy
 class RoundConfig:
     """What one round does. `model_steps` = 0 keeps the world model frozen."""
 
-    extraction_steps: int = 20
+    extraction_steps: int = 40
     model_steps: int = 60
     model_batch_size: int = 128
     model_lr: float = 3e-4
     encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
-    evaluation_episodes: int = 8
+    evaluation_episodes: int = 16
     exploration_transitions: int = 8192  # with sampled actions, so that short episodes come in greater number
     new_windows: float = 0.5  # share of the model's windows that come from the rounds' own episodes
     new_starts: float = 0.75  # share of start states
@@ -72,6 +72,7 @@ class ExtractionRounds:
         self.world_model, self.extraction, self.config = world_model, extraction, config
         self.replay_path, self.seed, self.threads = replay, seed, threads
         self.rounds_done = 0
+        self.cloned = False  # whether the actors were, in this process
         self.real_length = 50.0  # of the last round's episodes; a guess before the first
         self.best_return = np.full(len(extraction.seeds), -np.inf)
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
@@ -97,6 +98,14 @@ class ExtractionRounds:
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
         clone(self.extraction, self.world_model, self._data)
+        self.cloned = True
+
+    def fit_critics(self, episodes: list[list[Episode]]) -> None:
+        """Start the critics from the real discounted returns of each policy's own episodes [P][n]."""
+        gamma = self.extraction.config.gamma
+        obs = [torch.from_numpy(np.concatenate([e.obs[:-1] for e in found])) for found in episodes]
+        target = [torch.from_numpy(np.concatenate([returns_to_go(e, gamma) for e in found])) for found in episodes]
+        self.extraction.fit_critics(obs, target)
 
     # one round -----------------------------------------------------------------------------------------------------
 
@@ -139,6 +148,8 @@ class ExtractionRounds:
             if means[-1] > self.best_return[i]:
                 self.best_return[i], self.best_policy[i] = means[-1], policy.tensors()
         self.real_length = max(float(np.mean(lengths)), 1.0)
+        if self.rounds_done == 0 and self.cloned:
+            self.fit_critics(episodes)
         if c.model_steps:
             self._keep([e for found in episodes for e in found])
         return {
@@ -242,6 +253,15 @@ class ExtractionRounds:
         self.real_length = float(state["real_length"])
         if self._kept:
             self._open_replay()
+
+
+def returns_to_go(episode: Episode, gamma: float) -> np.ndarray:
+    """Discounted return from every step [T], float32. An episode cut by the time limit is taken to go on as it was."""
+    value = 0.0 if episode.terminated else float(episode.reward[-100:].mean()) / (1.0 - gamma)
+    out = np.empty(len(episode.reward), np.float32)
+    for t in reversed(range(len(out))):
+        out[t] = value = float(episode.reward[t]) + gamma * value
+    return out
 
 
 def real_episodes(

@@ -23,6 +23,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 STARTS = ("cloned", "scratch")
+CLONED: dict[str, Any] = {"actor_lr": 5e-5, "actor_delay": 40}  # a good actor waits for its critics, and moves gently
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,8 @@ def make_job(
             f"the data has {data.obs_dim} observations and {data.action_dim} actions, task {task} has {want[0]} and "
             f"{want[1]}: is it another task's?"
         )
-    if start == "scratch":
-        extraction = replace(extraction, actor_delay=0)
+    if start == "cloned":
+        extraction = replace(extraction, **CLONED)
     if extraction.terminations and not world_model.has_termination:
         extraction = replace(extraction, terminations=False)
     learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds))

@@ -46,6 +46,20 @@ class Critic:
         """Overwrite the parameters' gradients. dv [P, K, R]."""
         self.mlp.backward(dv.reshape(self.mlp.members, -1, 1), saved)
 
+    def fit_last_layer(self, policy: int, z: Tensor, value: Tensor, ridge: float = 1e-3) -> None:
+        """Set one policy's last layers to the least-squares fit of values [R] in latents [R, Z]."""
+        mine = slice(policy * self.num_critics, (policy + 1) * self.num_critics)
+        _, activations = self.mlp.forward(z[None].expand(self.policies, -1, -1).contiguous())
+        features = activations.last[mine].double()  # [K, R, F]
+        middle, mean = features.mean(1, keepdim=True), value.double().mean()
+        features = features - middle
+        gram = features.mT @ features + ridge * features.shape[1] * torch.eye(features.shape[2], device=z.device)
+        right = features.mT @ (value.double() - mean)[:, None]
+        weight = torch.linalg.solve(gram, right)  # [K, F, 1]
+        last = self.mlp.depth - 1
+        self.parameters[f"{last}.weight"][mine] = weight.mT.to(z.dtype)
+        self.parameters[f"{last}.bias"][mine] = (mean - (middle @ weight)[:, 0]).to(z.dtype)
+
     def input_gradient(self, dv: Tensor, saved: Activations) -> Tensor:
         """Gradient [P, R, Z] of sum(dv * V) with respect to the latents. dv [P, K, R]."""
         return self.mlp.input_gradient(dv.reshape(self.mlp.members, -1, 1), saved)

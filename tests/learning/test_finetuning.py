@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from pwm_fast.data.episodes import EpisodeStore
-from pwm_fast.learning.extraction import ExtractionConfig
-from pwm_fast.learning.finetuning import RoundConfig, imagined_over_real, real_episodes
+from pwm_fast.envs.evaluation import Episode
+from pwm_fast.learning.extraction import Extraction, ExtractionConfig
+from pwm_fast.learning.finetuning import RoundConfig, imagined_over_real, real_episodes, returns_to_go
 from pwm_fast.learning.job import Budget, Job, extract_policies, make_job
 from pwm_fast.models.world_model import WorldModel
 from pwm_fast.state_files import load_state, save_state
@@ -141,3 +142,27 @@ def test_models_and_data_of_another_task_are_refused(tiny_world_model, tiny_stor
         Budget()
     with pytest.raises(ValueError, match="extraction_steps must be >= 1, got 0"):
         RoundConfig(extraction_steps=0)
+
+
+def test_returns_to_go_are_discounted_sums():
+    obs, action = np.zeros((4, 11), np.float32), np.zeros((3, 3), np.float32)
+    reward = np.array([1.0, 2.0, 3.0], np.float32)
+    fallen = returns_to_go(Episode(obs, action, reward, True), 0.9)
+    np.testing.assert_allclose(fallen, [1 + 0.9 * 2 + 0.81 * 3, 2 + 0.9 * 3, 3], rtol=1e-6)
+    cut = returns_to_go(Episode(obs, action, reward, False), 0.9)
+    np.testing.assert_allclose(cut - fallen, [0.9**3 * 20, 0.9**2 * 20, 0.9 * 20], rtol=1e-5)
+
+
+def test_critics_start_at_the_values_they_are_given(tiny_world_model):
+    model = WorldModel.load(tiny_world_model)
+    with torch.no_grad():
+        model._encoder[0].weight.normal_(0, 0.5)
+        model._encoder[1].weight.normal_(0, 0.5)
+    learner = Extraction(model, ExtractionConfig(actor_units=(16,), critic_units=(64, 32)), seeds=[0, 1])
+    obs = [torch.randn(2000, 11), torch.randn(1500, 11)]
+    value = [700 + 50 * obs[0][:, 0], -3 + obs[1][:, 1]]
+    learner.fit_critics(obs, value, steps=50)
+    for p in range(2):
+        found = learner.critic.forward(model.encode(torch.stack([obs[p][:500]] * 2)).detach())[0][p]  # [K, R]
+        error = (found - value[p][:500]).square().mean(1)
+        assert (error < 0.5 * value[p].var()).all(), (p, error)
