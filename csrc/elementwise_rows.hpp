@@ -10,7 +10,7 @@ namespace {
 void layernorm_mish_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
                             int64_t rows, int64_t columns, float eps) {
     for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
-        const Statistics s = row_statistics(x, columns, eps);
+        const Statistics s = row_statistics(x, row_sum(x, columns), columns, eps);
         mean[row] = s.mean;
         rstd[row] = s.rstd;
         for_columns(columns, [&](int64_t c, auto part) {
@@ -82,8 +82,13 @@ void layernorm_mish_backward(const float* dy, const float*, const float* x, cons
 void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
                             int64_t rows, int64_t columns, float eps) {
     for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
-        for_columns(columns, [&](int64_t c, auto part) { part.store(y + c, mish(part.load(x + c))); });
-        const Statistics s = row_statistics(y, columns, eps);
+        Vec sum{};
+        for_columns(columns, [&](int64_t c, auto part) {
+            const Vec value = mish(part.load(x + c));  // 0 in the lanes beyond the row
+            sum += value;
+            part.store(y + c, value);
+        });
+        const Statistics s = row_statistics(y, sum_lanes(sum), columns, eps);
         mean[row] = s.mean;
         rstd[row] = s.rstd;
         for_columns(columns, [&](int64_t c, auto part) {
@@ -134,7 +139,7 @@ constexpr auto kLargest = [](Vec a, Vec b) { return larger(a, b); };
 void layernorm_simnorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
                                int64_t rows, int64_t columns, float eps) {
     for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
-        const Statistics s = row_statistics(x, columns, eps);
+        const Statistics s = row_statistics(x, row_sum(x, columns), columns, eps);
         mean[row] = s.mean;
         rstd[row] = s.rstd;
         for_columns<kOctetStep>(columns, [&](int64_t c, auto part) {

@@ -123,13 +123,12 @@ PWM_FAST_INLINE Vec over_octet(const Vec (&values)[kOctetVectors], Combine combi
     return v;
 }
 
-PWM_FAST_INLINE float sum_lanes(Vec value) {
-    float lanes[kLanes];
-    std::memcpy(lanes, &value, sizeof lanes);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+PWM_FAST_INLINE float sum_lanes(Vec v) {
+    if constexpr (kLanes >= 16) v += exchange<(kLanes >= 16 ? 8 : 1)>(v);
+    if constexpr (kLanes >= 8) v += exchange<(kLanes >= 8 ? 4 : 1)>(v);
+    v += exchange<2>(v);
+    v += exchange<1>(v);
+    return v[0];
 }
 
 PWM_FAST_INLINE float largest_lane(Vec value) {
@@ -185,18 +184,22 @@ struct Statistics {
     float mean, rstd;
 };
 
-// Mean, then the centred second moment: two passes over a row that lies in L1, so nothing cancels.
-PWM_FAST_INLINE Statistics row_statistics(const float* row, int64_t columns, float eps) {
+PWM_FAST_INLINE float row_sum(const float* row, int64_t columns) {
     Vec sums[4] = {};
     int64_t column = 0;
     for (; column + 4 * kLanes <= columns; column += 4 * kLanes) {
         for (int i = 0; i < 4; ++i) sums[i] += Whole{}.load(row + column + i * kLanes);
     }
     for_columns(columns - column, [&](int64_t c, auto part) { sums[0] += part.load(row + column + c); });
-    const float mean = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(columns);
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
 
+// The second moment is taken about the mean, in another pass over a row that lies in L1, so that nothing cancels.
+PWM_FAST_INLINE Statistics row_statistics(const float* row, float sum, int64_t columns, float eps) {
+    const float mean = sum / static_cast<float>(columns);
     Vec squares[4] = {};
-    for (column = 0; column + 4 * kLanes <= columns; column += 4 * kLanes) {
+    int64_t column = 0;
+    for (; column + 4 * kLanes <= columns; column += 4 * kLanes) {
         for (int i = 0; i < 4; ++i) {
             const Vec centred = Whole{}.load(row + column + i * kLanes) - mean;
             squares[i] += centred * centred;

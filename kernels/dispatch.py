@@ -17,10 +17,10 @@ def native_for(choice: str | None, *tensors: Tensor) -> Any | None:
     Raises RuntimeError where "native" is asked for and the module is missing, TypeError where it cannot take these
     tensors.
     """
-    if backend.resolve(choice) != "native" or not hasattr(backend.native, "td_lambda"):
+    if backend.resolve(choice) != "native":
         return None
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
             if choice == "native":
                 raise TypeError(f"native kernels take float32 on cpu, got {tensor.dtype} on {tensor.device}")
             return None

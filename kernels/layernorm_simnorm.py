@@ -58,7 +58,6 @@ def backward_torch(
     return dx, (du * normalised).sum(1), du.sum(1)
 
 
-@torch.no_grad()
 def forward(
     x: Tensor,
     w: Tensor,
@@ -75,11 +74,11 @@ def forward(
     check_rows(x, w, b)
     native = native_for(backend, x, w, b)
     if native is None or group != 8 or x.shape[2] % 8:
-        return into(out, forward_torch(x, w, b, group, eps))
+        with torch.no_grad():
+            return into(out, forward_torch(x, w, b, group, eps))
     return native_forward(native.layernorm_simnorm_forward, x, w, b, eps, out)
 
 
-@torch.no_grad()
 def backward(
     dy: Tensor,
     y: Tensor,
@@ -97,11 +96,12 @@ def backward(
 
     `out`, where given, receives dx; it may be dy itself.
     """
-    check_rows(x, w, b)
+    check_rows(x, w, b, (dy, y), (mean, rstd))
     native = native_for(backend, dy, y, x, mean, rstd, w)
     if native is None or group != 8 or x.shape[2] % 8:
-        dx, dw, db = backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
-        return into((out,), (dx,))[0], dw, db
+        with torch.no_grad():
+            dx, dw, db = backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
+            return into((out,), (dx,))[0], dw, db
     return native_backward(native.layernorm_simnorm_backward, (dy, y, x, mean, rstd, w), w, need_weight_grad, out)
 
 

@@ -46,7 +46,6 @@ def backward_torch(
     return dx, (dy * normalised).sum(1), dy.sum(1)
 
 
-@torch.no_grad()
 def forward(
     x: Tensor,
     w: Tensor,
@@ -62,11 +61,11 @@ def forward(
     check_rows(x, w, b)
     native = native_for(backend, x, w, b)
     if native is None:
-        return into(out, forward_torch(x, w, b, eps))
+        with torch.no_grad():
+            return into(out, forward_torch(x, w, b, eps))
     return native_forward(native.mish_layernorm_forward, x, w, b, eps, out)
 
 
-@torch.no_grad()
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -82,11 +81,12 @@ def backward(
 
     `out`, where given, receives dx; it may be dy itself.
     """
-    check_rows(x, w, b)
+    check_rows(x, w, b, (dy,), (mean, rstd))
     native = native_for(backend, dy, x, mean, rstd, w)
     if native is None:
-        dx, dw, db = backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
-        return into((out,), (dx,))[0], dw, db
+        with torch.no_grad():
+            dx, dw, db = backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
+            return into((out,), (dx,))[0], dw, db
     return native_backward(native.mish_layernorm_backward, (dy, x, mean, rstd, w), w, need_weight_grad, out)
 
 

@@ -15,19 +15,27 @@ Forward = tuple[Tensor, Tensor, Tensor]  # y [G, R, N], mean [G, R], rstd [G, R]
 Backward = tuple[Tensor, Tensor | None, Tensor | None]  # dx [G, R, N], dw [G, N], db [G, N]
 
 
-def check_rows(x: Tensor, w: Tensor, b: Tensor) -> None:
-    """Raises ValueError unless x is [G, R, N] and w, b are [G, N]."""
+def check_rows(
+    x: Tensor, w: Tensor, b: Tensor, like_x: tuple[Tensor, ...] = (), statistics: tuple[Tensor, ...] = ()
+) -> None:
+    """Raises ValueError unless x and `like_x` are [G, R, N], w and b [G, N], `statistics` [G, R]."""
     if x.dim() != 3:
         raise ValueError(f"x must be grouped rows [G, R, N], got shape {tuple(x.shape)}")
-    expected = (x.shape[0], x.shape[2])
-    for name, value in (("weight", w), ("bias", b)):
-        if value.shape != expected:
-            raise ValueError(f"{name} must be {expected} for x {tuple(x.shape)}, got {tuple(value.shape)}")
+    groups, rows, columns = x.shape
+    for value in (w, b):
+        if value.shape != (groups, columns):
+            raise ValueError(f"weight and bias must be {(groups, columns)} for x {(*x.shape,)}, got {(*value.shape,)}")
+    for value in like_x:
+        if value.shape != x.shape:
+            raise ValueError(f"gradients and outputs must have x's shape {(*x.shape,)}, got {(*value.shape,)}")
+    for value in statistics:
+        if value.shape != (groups, rows):
+            raise ValueError(f"mean and rstd must be {(groups, rows)} for x {(*x.shape,)}, got {(*value.shape,)}")
 
 
 def _output(out: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
     if out is None:
-        return like.new_empty(shape)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
     if out.shape != shape or out.dtype is not like.dtype or not out.is_contiguous():
         raise ValueError(f"out must be contiguous {like.dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
     return out
@@ -60,7 +68,7 @@ def native_backward(
     inputs = tuple(t.contiguous() for t in inputs)
     dy = inputs[0]
     dx = _output(out, dy, dy.shape)
-    dw, db = (w.new_empty(w.shape), w.new_empty(w.shape)) if need_weight_grad else (None, None)
+    dw, db = (_output(None, w, w.shape), _output(None, w, w.shape)) if need_weight_grad else (None, None)
     addresses = [t.data_ptr() if t is not None else 0 for t in (*inputs, dx, dw, db)]
     kernel(*addresses, *dy.shape, torch.get_num_threads())
     return dx, dw, db

@@ -26,10 +26,21 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(x.abs())
 
 
-def _position(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tensor, Tensor]:
-    """Lower bin [...] (int64, at most num_bins - 2) and the weight [...] of the bin above it."""
+def _check_grid(num_bins: int, vmin: float, vmax: float) -> None:
     if num_bins < 2 or not vmin < vmax:
         raise ValueError(f"two-hot needs num_bins >= 2 and vmin < vmax, got {num_bins} bins on [{vmin}, {vmax}]")
+
+
+def _check_rows(logits: Tensor, *scalars: Tensor) -> None:
+    for value in scalars:
+        if value.shape != logits.shape[:-1]:
+            expected = tuple(logits.shape[:-1])
+            raise ValueError(f"logits {(*logits.shape,)} need scalars of shape {expected}, got {(*value.shape,)}")
+
+
+def _position(x: Tensor, num_bins: int, vmin: float, vmax: float) -> tuple[Tensor, Tensor]:
+    """Lower bin [...] (int64, at most num_bins - 2) and the weight [...] of the bin above it."""
+    _check_grid(num_bins, vmin, vmax)
     place = (x.clamp(vmin, vmax) - vmin) * ((num_bins - 1) / (vmax - vmin))
     lower = place.floor().nan_to_num(0.0).clamp(0, num_bins - 2)  # NaN: bin 0 with weight NaN, shown by the loss
     return lower.long(), place - lower
@@ -60,6 +71,7 @@ def two_hot_cross_entropy(logits: Tensor, x: Tensor, vmin: float, vmax: float) -
 @torch.no_grad()
 def expectation_forward(logits: Tensor, vmin: float, vmax: float, backend: str | None = None) -> Tensor:
     """Expected value [...] of logits [..., num_bins]. No autograd graph."""
+    _check_grid(logits.shape[-1], vmin, vmax)
     native = native_for(backend, logits)
     if native is None:
         return torch.softmax(logits, -1) @ _bins(logits, vmin, vmax)
@@ -76,6 +88,8 @@ def expectation_backward(
     dvalue: Tensor, logits: Tensor, vmin: float, vmax: float, backend: str | None = None
 ) -> Tensor:
     """dlogits [..., num_bins] = dvalue p (bin - value), recomputed from the logits."""
+    _check_grid(logits.shape[-1], vmin, vmax)
+    _check_rows(logits, dvalue)
     native = native_for(backend, dvalue, logits)
     if native is None:
         p, bins = torch.softmax(logits, -1), _bins(logits, vmin, vmax)
@@ -96,13 +110,14 @@ def expectation_backward(
 @torch.no_grad()
 def cross_entropy_forward(logits: Tensor, x: Tensor, vmin: float, vmax: float, backend: str | None = None) -> Tensor:
     """Soft cross-entropy [...] of logits [..., num_bins] against the two-hot rows of x [...]. No autograd graph."""
+    _check_grid(logits.shape[-1], vmin, vmax)
+    _check_rows(logits, x)
     native = native_for(backend, logits, x)
     if native is None:
         lower, weight = _position(x, logits.shape[-1], vmin, vmax)
         below = logits.gather(-1, lower[..., None]).squeeze(-1)
         above = logits.gather(-1, lower[..., None] + 1).squeeze(-1)
         return torch.logsumexp(logits, -1) - torch.lerp(below, above, weight)
-    _position(x[:0].reshape(-1), logits.shape[-1], vmin, vmax)
     logits, x = logits.contiguous(), x.contiguous()
     loss = torch.empty_like(x)
     native.two_hot_cross_entropy_forward(
@@ -116,6 +131,8 @@ def cross_entropy_backward(
     dloss: Tensor, logits: Tensor, x: Tensor, vmin: float, vmax: float, backend: str | None = None
 ) -> Tensor:
     """dlogits [..., num_bins] = dloss (softmax(logits) - encode(x)); targets get no gradient."""
+    _check_grid(logits.shape[-1], vmin, vmax)
+    _check_rows(logits, dloss, x)
     native = native_for(backend, dloss, logits, x)
     if native is None:
         return dloss[..., None] * (torch.softmax(logits, -1) - encode(x, logits.shape[-1], vmin, vmax))
@@ -165,8 +182,4 @@ def expectation(logits: Tensor, vmin: float, vmax: float) -> Tensor:
 
 def cross_entropy(logits: Tensor, x: Tensor, vmin: float, vmax: float) -> Tensor:
     """Soft cross-entropy [...] against the two-hot rows of x [...]; differentiable in the logits only."""
-    if logits.shape[:-1] != x.shape:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} need targets of shape {tuple(logits.shape[:-1])}, got {tuple(x.shape)}"
-        )
     return _CrossEntropy.apply(logits, x.detach(), vmin, vmax)

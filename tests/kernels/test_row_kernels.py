@@ -181,8 +181,15 @@ def test_wrong_shapes_are_named(kernel: ModuleType) -> None:
     x, w, b, _ = draw((2, 6, 16))
     with pytest.raises(ValueError, match=r"x must be grouped rows \[G, R, N\], got shape \(6, 16\)"):
         kernel.forward(x[0], w, b)
-    with pytest.raises(ValueError, match=r"weight must be \(2, 16\).*got \(1, 16\)"):
+    with pytest.raises(ValueError, match=r"weight and bias must be \(2, 16\).*got \(1, 16\)"):
         kernel.forward(x, w[:1], b)
+    y, mean, rstd = kernel.forward(x, w, b)
+    with pytest.raises(ValueError, match=r"must have x's shape \(2, 6, 16\), got \(2, 5, 16\)"):
+        backward(kernel, x[:, :5], y, x, mean, rstd, w, b)
+    with pytest.raises(ValueError, match=r"mean and rstd must be \(2, 6\).*got \(2, 5\)"):
+        backward(kernel, x, y, x, mean[:, :5], rstd, w, b)
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \(2, 6, 16\), got .* \(2, 6, 8\)"):
+        backward(kernel, x, y, x, mean, rstd, w, b, out=torch.empty(2, 6, 8))
 
 
 def test_simnorm_of_other_groups_runs_in_torch() -> None:

@@ -79,5 +79,9 @@ def test_a_nan_target_shows_in_its_own_loss_only(backend: str, isa: str) -> None
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="num_bins >= 2 and vmin < vmax, got 1 bins"):
         two_hot.encode(torch.zeros(3), 1, *GRID)
-    with pytest.raises(ValueError, match=r"need targets of shape \(4,\), got \(5,\)"):
+    with pytest.raises(ValueError, match="num_bins >= 2 and vmin < vmax, got 1 bins"):
+        two_hot.expectation(torch.zeros(3, 1), *GRID)
+    with pytest.raises(ValueError, match=r"need scalars of shape \(4,\), got \(5,\)"):
         two_hot.cross_entropy(torch.zeros(4, 11), torch.zeros(5), *GRID)
+    with pytest.raises(ValueError, match=r"need scalars of shape \(4,\), got \(4, 1\)"):
+        two_hot.expectation_backward(torch.zeros(4, 1), torch.zeros(4, 11), *GRID)
