@@ -168,6 +168,8 @@ class Recording:
         elif self.writer.num_transitions + length > self.max_transitions:
             self.full = True
             return False
+        else:
+            self.thinning.kept += length  # leaves less room for those
         self.writer.add(episode.obs, episode.action, episode.reward, episode.terminated)
         self._returns.setdefault(phase, []).append(float(episode.reward.sum(dtype=np.float64)))
         self._lengths.setdefault(phase, []).append(length)

@@ -120,7 +120,7 @@ def start(out: Path, environment: dict[str, str], *more: str, limit: int = 0) ->
         program = [
             sys.executable,
             "-c",
-            code.format(limit) + "runpy.run_module('pwm_fast.collect', run_name='__main__')",
+            code.format(limit) + "runpy.run_module('pwm_fast.collect', run_name='__main__', alter_sys=True)",
         ]
     arguments = [*COLLECT, "--out", str(out), "--checkpoint-minutes", "1e-6", *more]
     return subprocess.Popen(
