@@ -41,7 +41,9 @@ class WindowSampler:
     """Batches of windows of `horizon` transitions, and of start states, from all or some episodes of a store.
 
     Windows never cross an episode's end: an episode of T transitions gives T - horizon + 1 windows (none if it is
-    shorter), T start states (every row but its last), and each is equally likely. `threads` is how many threads gather
+    shorter), T start states (every row but its last), and each is equally likely. With `partial` a window may start in
+    any of those T rows, and `valid` tells which of its transitions come before its episode's end: a model that is to
+    imagine from there must have seen them. `threads` is how many threads gather
     one batch; `backend` is "native", "torch" (numpy here) or None for the best (`pwm_fast.backend`).
 
     Raises StoreError if no chosen episode is long enough, or when a drawn window holds NaN or infinity; ValueError for
@@ -56,6 +58,7 @@ class WindowSampler:
         seed: int = 0,
         threads: int = 1,
         backend: str | None = None,
+        partial: bool = False,
     ) -> None:
         for name, value, least in (("horizon", horizon, 1), ("threads", threads, 1), ("seed", seed, 0)):
             if value < least:
@@ -71,11 +74,12 @@ class WindowSampler:
             bad = ids[(ids < 0) | (ids >= store.num_episodes)][0]
             raise StoreError(f"episode ids must be in [0, {store.num_episodes}), got {bad}")
         first, lengths = store.episode_start[ids], store.lengths[ids]
-        if lengths.max() < horizon:
+        if store.num_rows <= horizon or (lengths.max() < horizon and not partial):
             raise StoreError(
                 f"no window of horizon {horizon} fits: the longest of the {len(ids)} episodes has {lengths.max()} "
                 "transitions; choose a shorter horizon or add longer episodes"
             )
+        self.partial = partial
         self._windows = _Draw(first, np.maximum(lengths - horizon + 1, 0))
         self._starts = _Draw(first, lengths)
         # Little-endian columns are the machine's own type wherever the native module runs.
@@ -93,7 +97,8 @@ class WindowSampler:
 
     def windows(self, step: int, batch: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Batch number `step`, time first: obs [H+1, B, S], action [H, B, A], reward [H, B], terminated [H, B] (uint8),
-        task [B] (int32); float32 otherwise. Fills and returns `out` if given (C-contiguous arrays of these shapes).
+        task [B] (int32); float32 otherwise; of a partial sampler also valid [H, B] (bool), outside which the numbers
+        are another episode's. Fills and returns `out` if given (C-contiguous arrays of these shapes).
         """
         self._check(step, batch)
         H, S, A = self.horizon, self.store.obs_dim, self.store.action_dim
@@ -110,7 +115,10 @@ class WindowSampler:
             if name not in out:
                 raise ValueError(f"out lacks {name!r}")
             _check_out(name, out[name], shape, dtype)
-        rows = self._windows.rows(self.seed, WINDOW_STREAM, step, batch, self._native)
+        draw = self._starts if self.partial else self._windows
+        rows = draw.rows(self.seed, WINDOW_STREAM, step, batch, self._native)
+        if self.partial:
+            rows = np.minimum(rows, self.store.num_rows - H - 1)  # the gather below must not run over the store's end
         source = self._columns
         if self._native is not None:
             bad = self._native.gather_windows(*source.values(), rows, H, self.threads, *(out[name] for name in shapes))
@@ -125,6 +133,10 @@ class WindowSampler:
             bad = -1 if finite.all() else int(rows[~finite].min())
         if bad >= 0:
             self._refuse(bad, {"obs": H + 1, "action": H, "reward": H})
+        if self.partial:
+            starts = self.store.episode_start
+            last = starts[np.searchsorted(starts, rows, side="right")] - 1  # [B] its episode's last row
+            out["valid"] = np.arange(H)[:, None] < last - rows
         return out
 
     def start_states(self, step: int, batch: int, out: np.ndarray | None = None) -> np.ndarray:

@@ -82,7 +82,7 @@ class ExtractionRounds:
         self._fresh: WindowSampler | None = None
         self._kept: list[list[int]] = []  # by round: episodes of the replay store that this run wrote
         horizon = extraction.config.horizon
-        self._old = WindowSampler(data, horizon, seed=seed)
+        self._old = WindowSampler(data, horizon, seed=seed, partial=True)
         self._model = Pretraining(
             world_model,
             PretrainingConfig(
@@ -225,8 +225,8 @@ class ExtractionRounds:
         recent = [i for kept in self._kept[-self.config.recent_rounds :] for i in kept]
         horizon = self.extraction.config.horizon
         self._fresh_starts = [WindowSampler(store, 1, recent, seed=s + 1) for s in self.extraction.seeds]
-        if store.lengths[recent].max() >= horizon:
-            self._fresh = WindowSampler(store, horizon, recent, seed=self.seed + 1)
+        if store.num_rows > horizon:
+            self._fresh = WindowSampler(store, horizon, recent, seed=self.seed + 1, partial=True)
 
     # resume --------------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ class Windows:
     reward: Tensor
     terminated: Tensor
     task: Tensor | None = None  # [B]
+    valid: Tensor | None = None  # [H, B], 1 before the episode's end; None: all
 
     @staticmethod
     def of(batch: dict[str, np.ndarray], with_task: bool, device: str | torch.device = "cpu") -> Windows:
@@ -65,6 +66,7 @@ class Windows:
             as_tensor(batch["reward"]),
             as_tensor(batch["terminated"]).float(),
             as_tensor(batch["task"]).long() if with_task else None,
+            as_tensor(batch["valid"]).float() if "valid" in batch else None,
         )
 
 
@@ -93,23 +95,25 @@ def loss_terms(model: WorldModel, windows: Windows, config: PretrainingConfig) -
     """The weighted sum `total` and its unweighted parts `consistency`, `reward`, `termination` (scalars)."""
     horizon = len(windows.action)
     weight = config.rho ** torch.arange(horizon, device=windows.obs.device, dtype=windows.obs.dtype)
-    weight = weight / horizon  # [H]
+    weight = weight[:, None].expand_as(windows.reward) / windows.reward.numel()  # [H, B]
+    if windows.valid is not None:
+        weight = weight * windows.valid
     with torch.no_grad():
         target = model.encode(windows.obs[1:], windows.task)  # [H, B, Z]
     z = rollout(model, windows)
-    consistency = (weight * (z[1:] - target).square().mean((1, 2))).sum()
+    consistency = (weight * (z[1:] - target).square().mean(2)).sum()
     output = model.reward_logits(z[:-1], windows.action, windows.task)  # [H, B, bins]
     goal = model.reward_target(windows.reward)
     if model.config.num_bins == 1:
         error = (output.squeeze(-1) - goal).square()
     else:
         error = two_hot.cross_entropy(output, goal, model.config.vmin, model.config.vmax)
-    reward = (weight * error.mean(1)).sum()
+    reward = (weight * error).sum()
     terms = {"consistency": consistency, "reward": reward}
     total = config.consistency_coef * consistency + config.reward_coef * reward
     if model.has_termination:
         logit = model.termination_logit(z[1:], windows.task)
-        ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none").mean(1)
+        ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none")
         terms["termination"] = (weight * ended).sum()
         total = total + config.termination_coef * terms["termination"]
     return {"total": total, **terms}
@@ -173,16 +177,21 @@ class Pretraining:
 
 
 def store_batches(
-    store: EpisodeStore, episodes: np.ndarray | None, config: PretrainingConfig, seed: int, with_task: bool
+    store: EpisodeStore,
+    episodes: np.ndarray | None,
+    config: PretrainingConfig,
+    seed: int,
+    with_task: bool,
+    partial: bool = True,
 ) -> Callable[[int], Windows]:
-    """Windows drawn uniformly from some episodes of a store, a pure function of (seed, step)."""
-    sampler = WindowSampler(store, config.horizon, episodes=episodes, seed=seed)
+    """Windows that start anywhere in some episodes of a store, a pure function of (seed, step)."""
+    sampler = WindowSampler(store, config.horizon, episodes=episodes, seed=seed, partial=partial)
     return lambda step: Windows.of(sampler.windows(step, config.batch_size), with_task)
 
 
 @torch.no_grad()
-def validate(model: WorldModel, batches: list[Windows]) -> dict[str, float]:
-    """Open-loop quality on held-out windows.
+def validate(model: WorldModel, batches: list[Windows], endings: list[Windows]) -> dict[str, float]:
+    """Open-loop quality on held-out windows: `batches` are whole, `endings` may meet their episodes' ends.
 
     `latent_error`: mean squared error of z_H over the variance of the encodings (0 is perfect, 1 is the mean's);
     `return_r2`: R^2 of the summed H-step reward; `reward_mae` per step; `termination_auc` where there is a head.
@@ -196,9 +205,11 @@ def validate(model: WorldModel, batches: list[Windows]) -> dict[str, float]:
         predicted.append(reward.sum(0))
         actual.append(w.reward.sum(0))
         step_error.append((reward - w.reward).abs().mean())
-        if model.has_termination:
-            logits.append(model.termination_logit(z[1:], w.task).flatten())
-            ended.append(w.terminated.flatten())
+    for w in endings if model.has_termination else []:
+        logit = model.termination_logit(rollout(model, w)[1:], w.task)
+        valid = torch.ones_like(logit) if w.valid is None else w.valid
+        logits.append(logit[valid > 0])
+        ended.append(w.terminated[valid > 0])
     variance = torch.cat(encodings).var(0, unbiased=False)
     p, a = torch.cat(predicted), torch.cat(actual)
     out = {
@@ -245,8 +256,10 @@ class StoreTraining:
         fit_normalisation(model, self.statistics)
         with_task = model.config.num_tasks > 0
         self.pretraining = Pretraining(model, config, store_batches(store, training, config, seed, with_task))
-        check = store_batches(store, held_out, config, seed + 1, with_task)
-        self._validation = [check(i) for i in range(validation_batches)]
+        whole = store_batches(store, held_out, config, seed + 1, with_task, partial=False)
+        anywhere = store_batches(store, held_out, config, seed + 1, with_task)
+        self._validation = [whole(i) for i in range(validation_batches)]
+        self._endings = [anywhere(i) for i in range(validation_batches)]
 
     def validate(self) -> dict[str, float]:
-        return validate(self.pretraining.model, self._validation)
+        return validate(self.pretraining.model, self._validation, self._endings)

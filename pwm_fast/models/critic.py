@@ -55,7 +55,7 @@ class Critic:
         features = features - middle
         gram = features.mT @ features + ridge * features.shape[1] * torch.eye(features.shape[2], device=z.device)
         right = features.mT @ (value.double() - mean)[:, None]
-        weight = torch.linalg.solve(gram, right)  # [K, F, 1]
+        weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram))  # [K, F, 1]
         last = self.mlp.depth - 1
         self.parameters[f"{last}.weight"][mine] = weight.mT.to(z.dtype)
         self.parameters[f"{last}.bias"][mine] = (mean - (middle @ weight)[:, 0]).to(z.dtype)

@@ -85,6 +85,29 @@ def test_windows_are_pieces_of_single_episodes(store, episode, lengths, horizon,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("horizon", [1, 3, 20])
+def test_partial_windows_start_anywhere_and_are_valid_to_their_episodes_end(store, episode, lengths, horizon, backend):
+    sampler = WindowSampler(store, horizon, seed=1, backend=backend, partial=True)
+    starts = set()
+    for step in range(3):
+        batch = sampler.windows(step, batch=500)
+        assert batch["valid"].shape == (horizon, 500)
+        for b in range(500):
+            index, first = divmod(int(batch["obs"][0, b, 0]), 1000)
+            source, left = episode(index, lengths[index]), min(lengths[index] - first, horizon)
+            starts.add((index, first))
+            assert batch["valid"][:, b].tolist() == [h < left for h in range(horizon)]
+            np.testing.assert_array_equal(batch["obs"][: left + 1, b], source["obs"][first : first + left + 1])
+            np.testing.assert_array_equal(batch["action"][:left, b], source["action"][first : first + left])
+            np.testing.assert_array_equal(batch["reward"][:left, b], source["reward"][first : first + left])
+            ends = [index % 2 == 1 and first + h + 1 == lengths[index] for h in range(left)]
+            assert batch["terminated"][:left, b].tolist() == ends
+    rows = [(i, t) for i, length in enumerate(lengths) for t in range(length)]
+    # no window may run over the store's end: those of the last episode's end start earlier
+    assert {r for r in rows if r[0] < len(lengths) - 1} <= starts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_start_states_are_never_an_episodes_last_row(store, lengths, backend):
     obs = WindowSampler(store, 1, backend=backend).start_states(step=0, batch=3000)
     index, row = np.divmod(obs[:, 0].astype(int), 1000)
