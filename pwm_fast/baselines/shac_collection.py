@@ -22,13 +22,14 @@ from rich.console import Console
 
 from pwm_fast.baselines.actor_policy import ActorPolicy
 from pwm_fast.baselines.shac import IterationMetrics, Rollout, SHACConfig
-from pwm_fast.baselines.shac_training import Evaluation, SHACTraining, one_torch_thread
+from pwm_fast.baselines.shac_training import Evaluation, SHACTraining
 from pwm_fast.data.collect import (
     EpisodeAssembler,
     NoisyPolicy,
     RandomActions,
     Recording,
     derived_seed,
+    one_torch_thread,
     record_batches,
     refuse_mismatch,
 )
@@ -205,7 +206,7 @@ class _Run:
             f"SHAC on {training.task.name}",
             1,
             start=training.shac.env_steps,
-            minutes=training.minutes,
+            minutes=None if training.minutes is None else training.minutes - training.seconds / 60,
             references={"random": self.random_return, "paper": training.task.paper_return},
             console=self.console,
         )

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from pwm_fast.baselines.actor_policy import ActorPolicy
 from pwm_fast.baselines.shac import SHAC, IterationMetrics, Rollout, SHACConfig
-from pwm_fast.data.collect import derived_seed
+from pwm_fast.data.collect import derived_seed, one_torch_thread
 from pwm_fast.envs import registry
 from pwm_fast.envs.dflex import DifferentiableEnv
 from pwm_fast.envs.evaluation import Episode, evaluate
 from pwm_fast.errors import positive
 
 ENVIRONMENT_STREAM, EVALUATION_STREAM = 0, 1
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Small matrices gain nothing from more threads, and those that wait would take the simulator's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
@@ -30,6 +32,18 @@ def derived_seed(seed: int, *path: int) -> int:
     """A seed for one part of a run: independent for different paths, the same on every machine."""
     # the length goes in because SeedSequence takes (7,) and (7, 0) for the same
     return int(np.random.SeedSequence((len(path), seed, *path)).generate_state(1, np.uint32)[0])
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Small matrices gain nothing from more threads, those that wait would take the simulator's cores, and sums keep
+    their order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class EpisodeAssembler:
@@ -333,6 +347,7 @@ def collect_policy(
     with (
         Recording(out, task, max_transitions=max_transitions, append=resume) as recording,
         Interrupt() as interrupt,
+        one_torch_thread(),
     ):
         notes = recording.notes
         for name, value in options.items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pwm_fast.baselines import shac_collection
 from pwm_fast.baselines.shac import SHACConfig
 from pwm_fast.baselines.shac_collection import RUN, CollectionSummary, collect_shac
 from pwm_fast.data.collect import Recording
@@ -179,6 +180,21 @@ def test_a_store_ahead_of_its_checkpoint_is_taken_back(uninterrupted, tmp_path: 
         collect_shac("hopper", out, steps=1500, checkpoint_seconds=0.0, **options)
     monkeypatch.undo()
     assert EpisodeStore.open(out).num_episodes == commits[-1] > commits[-2]
+    collect_shac("hopper", out, steps=1500, resume=True, **options)
+    assert contents(out) == uninterrupted
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes(uninterrupted, tmp_path: Path, monkeypatch):
+    out, options = tmp_path / "store", {"config": SHACConfig(num_envs=4), **OPTIONS}
+
+    def dies(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shac_collection, "RunFolder", dies)
+    with pytest.raises(KeyboardInterrupt):
+        collect_shac("hopper", out, steps=1500, **options)
+    monkeypatch.undo()
+    assert EpisodeStore.open(out).num_episodes == OPTIONS["evaluation_episodes"] and not (out / RUN).exists()
     collect_shac("hopper", out, steps=1500, resume=True, **options)
     assert contents(out) == uninterrupted
 
