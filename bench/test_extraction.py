@@ -24,6 +24,8 @@ from pwm_fast import backend
 from pwm_fast.learning.extraction import PRESETS, Extraction
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 
+pytestmark = pytest.mark.timeout(0)  # a busy machine may take an hour; the figures are CPU time
+
 OBS_DIM, ACTION_DIM, TASKS, TASK_DIM = 39, 6, 80, 96
 MIN_COSINE = 0.99999
 

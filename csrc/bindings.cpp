@@ -2,10 +2,12 @@
 #include <pybind11/pybind11.h>
 
 void register_elementwise(pybind11::module_& module);
+void register_gemm(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "C++ backends of pwm_fast: episode sampling and CPU kernels.";
     register_sampling(module);
     register_elementwise(module);
+    register_gemm(module);
 }

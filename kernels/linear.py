@@ -1,9 +1,8 @@
 """Linear layers over a leading group axis (policies, ensemble members): explicit forward and gradients.
 
-On the CPU the groups of `forward` and `weight_grad` are multiplied one by one. Measured in extraction (three critics
-512 -> 400 -> 200 on 256 shared rows, weights as views of flat parameters, oneDNN): the batched product first copies the
-transposed weights and the shared rows, and takes 1.8 times as long for the first layer. On contiguous arrays it is 1-8%
-faster, which is why `input_grad`, where nothing is transposed or shared, stays batched, as does everything on CUDA.
+On CPUs with AVX-512, float32 runs on our own products (kernels/gemm.py). Elsewhere torch multiplies: batched on CUDA;
+on the CPU group by group in `forward` and `weight_grad`, where a batched product would first copy transposed weights
+and shared rows (1.8 times as long for three critics 512 -> 400 on 256 shared rows).
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pwm_fast.kernels.gemm import gemm_for, multiply
 
 
 def _check(x: Tensor, weight: Tensor, columns: int, name: str) -> None:
@@ -32,27 +33,42 @@ def _spread(x: Tensor, groups: int) -> Tensor:
     return x.repeat_interleave(groups // x.shape[0], 0)
 
 
+def _place(out: Tensor | None, like: Tensor, *shape: int) -> Tensor:
+    if out is None:
+        return like.new_empty(shape)
+    if tuple(out.shape) != shape or out.dtype is not like.dtype:
+        raise ValueError(f"out must be {like.dtype} {shape}, got {out.dtype} {tuple(out.shape)}")
+    return out
+
+
 @torch.no_grad()
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """y [G, R, out] = x W^T + b for x [G or a divisor of G, R, in], W [G, out, in], b [G, out]. No autograd graph.
 
     `out` [G, R, out], where given, is overwritten and returned. Raises ValueError on shapes that do not fit.
     """
     _check(x, weight, 2, "x")
-    groups = weight.shape[0]
+    groups, outputs = weight.shape[:2]
+    if bias is not None and bias.shape != (groups, outputs):
+        raise ValueError(f"bias must be {(groups, outputs)}, got {tuple(bias.shape)}")
+    native = gemm_for(backend, x, weight, *(() if bias is None else (bias,)))
+    if native is not None:
+        return multiply(native, x, weight.mT, _place(out, x, groups, x.shape[1], outputs), bias)
     if groups == 1:
         flat = None if out is None else out[0]
         if bias is None:
             return torch.mm(x[0], weight[0].t(), out=flat)[None]
         return torch.addmm(bias[0], x[0], weight[0].t(), out=flat)[None]
-    if x.device.type == "cpu" and weight.shape[1] > 1:
-        y = x.new_empty(groups, x.shape[1], weight.shape[1]) if out is None else out
-        members = groups // x.shape[0]
+    if x.device.type == "cpu" and outputs > 1:
+        y = _place(out, x, groups, x.shape[1], outputs)
+        share = groups // x.shape[0]
         for g in range(groups):
             if bias is None:
-                torch.mm(x[g // members], weight[g].t(), out=y[g])
+                torch.mm(x[g // share], weight[g].t(), out=y[g])
             else:
-                torch.addmm(bias[g], x[g // members], weight[g].t(), out=y[g])
+                torch.addmm(bias[g], x[g // share], weight[g].t(), out=y[g])
         return y
     x = _spread(x, groups)
     if bias is None:
@@ -61,7 +77,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor |
 
 
 @torch.no_grad()
-def input_grad(dy: Tensor, weight: Tensor, out: Tensor | None = None, groups: int | None = None) -> Tensor:
+def input_grad(
+    dy: Tensor, weight: Tensor, out: Tensor | None = None, groups: int | None = None, backend: str | None = None
+) -> Tensor:
     """dx [G, R, in] = dy W for dy [G, R, out], W [G, out, in].
 
     `groups`, a divisor of G, gives the gradient at an input [groups, R, in] that each of G / groups members shared.
@@ -74,27 +92,43 @@ def input_grad(dy: Tensor, weight: Tensor, out: Tensor | None = None, groups: in
     if dy.shape[0] != members:
         raise ValueError(f"dy must have {members} groups, got {dy.shape[0]}")
     if groups < members:
-        shared = torch.bmm(dy, weight).unflatten(0, (groups, members // groups))
+        shared = input_grad(dy, weight, backend=backend).unflatten(0, (groups, members // groups))
         return torch.sum(shared, 1, out=out) if out is not None else shared.sum(1)
+    native = gemm_for(backend, dy, weight)
+    if native is not None:
+        return multiply(native, dy, weight, _place(out, dy, members, dy.shape[1], weight.shape[2]))
     if members == 1:
         return torch.mm(dy[0], weight[0], out=None if out is None else out[0])[None]
     return torch.bmm(dy, weight, out=out)
 
 
 @torch.no_grad()
-def weight_grad(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """dW [G, out, in] = dy^T x, summed over rows, for dy [G, R, out], x [G or a divisor of G, R, in]."""
+def weight_grad(
+    dy: Tensor, x: Tensor, out: Tensor | None = None, bias_out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """dW [G, out, in] = dy^T x, summed over rows, for dy [G, R, out], x [G or a divisor of G, R, in].
+
+    `bias_out` [G, out], where given, receives the bias gradient, dy summed over rows.
+    """
     if dy.dim() != 3 or x.dim() != 3 or dy.shape[1] != x.shape[1] or dy.shape[0] % x.shape[0]:
         raise ValueError(f"dy [G, R, out] and x [G, R, in] must share rows, got {tuple(dy.shape)} and {tuple(x.shape)}")
-    if dy.shape[0] == 1:
+    groups, _, outputs = dy.shape
+    if bias_out is not None:
+        _place(bias_out, dy, groups, outputs)
+    native = gemm_for(backend, dy, x)
+    if native is not None:
+        return multiply(native, dy.mT, x, _place(out, dy, groups, outputs, x.shape[2]), row_sums=bias_out)
+    if bias_out is not None:
+        torch.sum(dy, 1, out=bias_out)
+    if groups == 1:
         return torch.mm(dy[0].t(), x[0], out=None if out is None else out[0])[None]
-    if x.device.type == "cpu" and dy.shape[2] > 1:
-        dw = x.new_empty(dy.shape[0], dy.shape[2], x.shape[2]) if out is None else out
-        members = dy.shape[0] // x.shape[0]
-        for g in range(dy.shape[0]):
-            torch.mm(dy[g].t(), x[g // members], out=dw[g])
+    if x.device.type == "cpu" and outputs > 1:
+        dw = _place(out, dy, groups, outputs, x.shape[2])
+        share = groups // x.shape[0]
+        for g in range(groups):
+            torch.mm(dy[g].t(), x[g // share], out=dw[g])
         return dw
-    return torch.bmm(dy.mT, _spread(x, dy.shape[0]), out=out)
+    return torch.bmm(dy.mT, _spread(x, groups), out=out)
 
 
 @torch.no_grad()
@@ -107,7 +141,7 @@ GATE = 1e-6  # relative error against float64: fp32 GEMMs of these sizes stay be
 
 
 def matmul_error(inner: int = 512) -> float:
-    """Largest relative error of float32 products against float64, over the forms this file uses."""
+    """Largest relative error of torch's float32 products against float64, over the forms this file uses."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 64, inner, generator=generator)
     w = torch.randn(2, 192, inner, generator=generator)
@@ -118,10 +152,10 @@ def matmul_error(inner: int = 512) -> float:
         inputs = (x[:groups], w[:groups], dy[:groups], b[:groups])
         wide = tuple(t.double() for t in inputs)
         for op in (
-            lambda x, w, dy, b: forward(x, w, b),
-            lambda x, w, dy, b: forward(x, w),
-            lambda x, w, dy, b: input_grad(dy, w),
-            lambda x, w, dy, b: weight_grad(dy, x),
+            lambda x, w, dy, b: forward(x, w, b, backend="torch"),
+            lambda x, w, dy, b: forward(x, w, backend="torch"),
+            lambda x, w, dy, b: input_grad(dy, w, backend="torch"),
+            lambda x, w, dy, b: weight_grad(dy, x, backend="torch"),
         ):
             exact = op(*wide)
             error = (op(*inputs).double() - exact).norm() / exact.norm()

@@ -133,7 +133,7 @@ class Extraction:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
         self.world_config = world_model.config
         self._frozen: FrozenWorldModel = frozen
-        self.imagination = Imagination(frozen, self.config.terminations, self.policies_count * self.config.batch_size)
+        self.imagination = Imagination(frozen, self.config.terminations)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Length of the learning-rate schedule in steps, counted from the first."""

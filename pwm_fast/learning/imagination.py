@@ -34,19 +34,16 @@ class Rollout(NamedTuple):
 
 
 class Imagination:
-    """The world model as a differentiable simulator for a population of actors.
+    """The world model as a differentiable simulator for a population of actors."""
 
-    `rows` is the number of rows P * B that one step of the recurrence will have, to prepare weights for it.
-    """
-
-    def __init__(self, world: FrozenWorldModel, terminations: bool = False, rows: int | None = None):
+    def __init__(self, world: FrozenWorldModel, terminations: bool = False):
         c = self.config = world.config
         if terminations and world.termination is None:
             raise ValueError("terminations need a world model with a termination head (termination_dim > 0)")
         self.encoder = FrozenNetwork(world.encoder, c.simnorm_dim)  # used once a step: not worth packing
-        self.dynamics = FrozenNetwork(world.dynamics, c.simnorm_dim, rows)
-        self.reward = FrozenNetwork(world.reward, c.simnorm_dim, rows)
-        self.termination = FrozenNetwork(world.termination, c.simnorm_dim, rows) if terminations else None
+        self.dynamics = FrozenNetwork(world.dynamics, c.simnorm_dim, packed=True)
+        self.reward = FrozenNetwork(world.reward, c.simnorm_dim, packed=True)
+        self.termination = FrozenNetwork(world.termination, c.simnorm_dim, packed=True) if terminations else None
         self.reward_scale = world.reward_scale
 
     def rollout(self, actor: Actor, obs: Tensor, noise: Tensor) -> Rollout:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
-from pwm_fast.models.matmul import PackedWeight, pack
+from pwm_fast.kernels.gemm import PackedWeight, pack
 from pwm_fast.models.world_model import FrozenLayer
 
 EPS = 1e-5
@@ -31,13 +31,14 @@ class Saved(NamedTuple):
 class FrozenNetwork:
     """A stack of `FrozenLayer`s over rows [..., P, B, in]; biases may differ per policy (folded task embeddings).
 
-    With `rows` the weights are also kept packed, W and its transpose, for products of about so many rows.
+    With `packed` the weights are kept a second and third time, W and its transpose as the product's kernel reads them
+    (where there is one): for networks that run many times.
     """
 
-    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, rows: int | None = None):
+    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, packed: bool = False):
         self.layers, self.simnorm_dim = list(layers), simnorm_dim
         self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
-            (None, None) if rows is None else (pack(s.weight, rows), pack(s.weight.T, rows)) for s in self.layers
+            (pack(s.weight), pack(s.weight.T)) if packed else (None, None) for s in self.layers
         ]
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
 

@@ -118,8 +118,7 @@ class PopulationMLP:
                     g[f"{i}.ln.weight"].copy_(dgain)
                     g[f"{i}.ln.bias"].copy_(dshift)
             if weights:
-                linear.weight_grad(dy, x, out=g[f"{i}.weight"])
-                linear.bias_grad(dy, out=g[f"{i}.bias"])
+                linear.weight_grad(dy, x, out=g[f"{i}.weight"], bias_out=g[f"{i}.bias"])
             if i:
                 dy = linear.input_grad(dy, p[f"{i}.weight"])
             elif inputs:

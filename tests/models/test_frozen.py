@@ -24,27 +24,11 @@ def test_forward_and_input_gradient(network: str, dtype: torch.dtype, tolerance:
 
     frozen = world_model(dtype=dtype).frozen(tasks)
     layers = frozen.dynamics if network == "dynamics" else frozen.reward
-    net = FrozenNetwork(layers, rows=12)
+    net = FrozenNetwork(layers, packed=True)
     y, saved = net.forward(torch.cat([z, a], -1).detach().to(dtype))
     assert relative(y.double(), expected.detach()) < tolerance
     dx = net.input_gradient(dy.to(dtype), saved)
     assert relative(dx.double(), torch.cat([z.grad, a.grad], -1)) < tolerance
-
-
-def test_packed_weights_multiply_like_plain_ones() -> None:
-    weight, bias = torch.randn(40, 23), torch.randn(40)
-    packed = matmul.pack(weight, rows=8)
-    if packed is None:
-        pytest.skip("this torch has no packed float32 products")
-    for rows in (1, 8, 33):
-        x = torch.randn(rows, 46)[:, ::2]
-        exact = x.double() @ weight.double().T
-        assert relative(packed.product(x).double(), exact) < 1e-6
-        assert relative(packed.product(x, bias).double(), exact + bias.double()) < 1e-6
-
-
-def test_other_types_are_not_packed() -> None:
-    assert matmul.pack(torch.randn(4, 4, dtype=torch.float64), rows=8) is None
 
 
 def test_fast_matmul_puts_the_switch_back_and_stays_float32() -> None:

@@ -1,0 +1,85 @@
+// Grouped matrix products before Python: splits groups and columns over threads. Arrays come as addresses
+// (tensor.data_ptr()) and strides in floats; kernels/gemm.py checks them. The GIL is released while one runs.
+#include "gemm.hpp"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+
+#include "elementwise_threads.hpp"
+
+namespace py = pybind11;
+
+namespace pwm_fast {
+namespace {
+
+// MKL and oneDNN are good wherever this is not.
+bool available() {
+#ifdef PWM_FAST_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
+#ifdef PWM_FAST_X86
+using Address = std::uintptr_t;
+using Operand = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;  // address, strides row column member, share
+using Output = std::tuple<Address, int64_t, int64_t>;                     // address, strides row group
+using Vector = std::tuple<Address, int64_t>;                              // address or 0, stride group
+
+float* at(Address address, int64_t offset) {
+    return address ? reinterpret_cast<float*>(address) + offset : nullptr;
+}
+
+// Each member of an operand serves `share` neighbouring groups.
+Matrix member(const Operand& operand, int64_t group) {
+    const auto& [address, row, column, stride, share] = operand;
+    return {at(address, group / share * stride), row, column};
+}
+
+constexpr double kWorkPerThread = 4e6;  // multiplications, some 70 us: less is done sooner than a thread wakes up
+
+// C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k.
+void gemm(const Operand& a, const Operand& b, bool packed, const Output& c, const Vector& bias, const Vector& row_sums,
+          int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
+    if (m < 1 || n < 1) return;
+    const double work = static_cast<double>(groups * m) * static_cast<double>(n * k);
+    const int used = static_cast<int>(std::clamp(work / kWorkPerThread, 1.0, std::max<double>(threads, 1)));
+    // Every task packs its rows of A again, so no more tasks than threads within a group.
+    const int64_t parts = std::min<int64_t>(used, panels(n));
+    const auto [c_address, c_row, c_group] = c;
+    const auto [bias_address, bias_group] = bias;
+    const auto [sums_address, sums_group] = row_sums;
+    const auto run = [&, c_address = c_address, c_row = c_row, c_group = c_group, bias_address = bias_address,
+                      bias_group = bias_group, sums_address = sums_address,
+                      sums_group = sums_group](int64_t task, int) {
+        const int64_t group = task / parts, part = task % parts;
+        const Product product{m, n, k, member(a, group), member(b, group), packed, at(c_address, group * c_group), c_row,
+                              at(bias_address, group * bias_group), at(sums_address, group * sums_group)};
+        multiply_avx512(product, panels(n) * part / parts, panels(n) * (part + 1) / parts);
+    };
+    WorkerPool::instance().run(groups * parts, used, run);
+}
+
+void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, Address out) {
+    pack_avx512({at(b, 0), b_row, b_column}, k, n, at(out, 0));
+}
+#endif
+
+}  // namespace
+}  // namespace pwm_fast
+
+void register_gemm(py::module_& module) {
+    using namespace pwm_fast;
+    module.def("has_gemm", &available, "Whether gemm can run: the machine has AVX-512.");
+#ifdef PWM_FAST_X86
+    module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
+    module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
+    module.def("gemm_packed_floats", [](int64_t k, int64_t n) { return panels(n) * kPanel * k; },
+               "Size of what gemm_pack writes for B [k, n].");
+#endif
+}
