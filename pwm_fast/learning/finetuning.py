@@ -43,6 +43,7 @@ class RoundConfig:
     new_windows: float = 0.5  # share of the model's windows that come from the rounds' own episodes
     new_starts: float = 0.75  # share of start states
     recent_rounds: int = 8  # whose episodes count as new
+    rollback: float = 0.5  # a policy below this share of its best real return goes back to that best
 
     def __post_init__(self) -> None:
         for name, least in (("extraction_steps", 1), ("model_steps", 0), ("evaluation_episodes", 1)):
@@ -76,6 +77,8 @@ class ExtractionRounds:
         self.real_length = 50.0  # of the last round's episodes; a guess before the first
         self.best_return = np.full(len(extraction.seeds), -np.inf)
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
+        self._best_state: list[dict[str, dict[str, Tensor]]] = [{} for _ in extraction.seeds]
+        self.rollbacks = np.zeros(len(extraction.seeds), np.int64)
         self._data = data
         self._starts = [WindowSampler(data, 1, seed=s) for s in extraction.seeds]
         self._fresh_starts: list[WindowSampler] = []
@@ -145,8 +148,7 @@ class ExtractionRounds:
             means.append(float(np.mean([e.reward.sum() for e in judged])))
             lengths.append(float(np.mean([len(e.reward) for e in judged])))
             gauges.append(imagined_over_real(self.world_model, policy, judged, self._task_id(i)))
-            if means[-1] > self.best_return[i]:
-                self.best_return[i], self.best_policy[i] = means[-1], policy.tensors()
+            self._keep_best(i, means[-1], policy)
         self.real_length = max(float(np.mean(lengths)), 1.0)
         if self.rounds_done == 0 and self.cloned:
             self.fit_critics(episodes)
@@ -156,7 +158,23 @@ class ExtractionRounds:
             "real_return": np.array(means),
             "real_length": np.array(lengths),
             "imagined_over_real": np.array(gauges),
+            "rollbacks": self.rollbacks.copy(),
         }
+
+    def _keep_best(self, i: int, real: float, policy: Policy) -> None:
+        """Note a new best policy; take one that has lost its way back to it.
+
+        Such a policy exploits an error of the world model. Its episodes are what cures the error, and from the best
+        policy the next attempt starts on the cured model.
+        """
+        learner = self.extraction
+        if real > self.best_return[i]:
+            self.best_return[i], self.best_policy[i] = real, policy.tensors()
+            self._best_state[i] = {"actor": learner.actor_adam.snapshot(i), "critic": learner.critic_adam.snapshot(i)}
+        elif self.best_return[i] > 0 and real < self.config.rollback * self.best_return[i]:
+            learner.actor_adam.restore(i, self._best_state[i]["actor"])
+            learner.critic_adam.restore(i, self._best_state[i]["critic"])
+            self.rollbacks[i] += 1
 
     def learn_model(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """The round's model steps; the policies go on with the new model. Returns the mean loss terms."""
@@ -238,6 +256,8 @@ class ExtractionRounds:
             "model": self._model.state_dict(),
             "best_return": self.best_return,
             "best_policy": list(self.best_policy),
+            "best_state": list(self._best_state),
+            "rollbacks": self.rollbacks,
             "kept": [list(kept) for kept in self._kept],
             "real_length": self.real_length,
         }
@@ -249,6 +269,8 @@ class ExtractionRounds:
         self.extraction.load_state_dict(state["extraction"])
         self.best_return = np.asarray(state["best_return"], np.float64)
         self.best_policy = list(state["best_policy"])
+        self._best_state = list(state["best_state"])
+        self.rollbacks = np.asarray(state["rollbacks"], np.int64)
         self._kept = [[int(i) for i in kept] for kept in state["kept"]]
         self.real_length = float(state["real_length"])
         if self._kept:

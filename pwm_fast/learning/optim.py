@@ -30,6 +30,15 @@ class Adam:
             self.value, self.grad, self.m, self.v, lr, self.steps, max_norm, self.betas, self.eps, active
         )
 
+    def snapshot(self, policy: int) -> dict[str, Tensor]:
+        """A copy of one policy's parameters and moments."""
+        return {name: getattr(self, name)[policy].clone() for name in ("value", "m", "v", "steps")}
+
+    def restore(self, policy: int, snapshot: dict[str, Tensor]) -> None:
+        """Put one policy back to a snapshot."""
+        for name, value in snapshot.items():
+            getattr(self, name)[policy] = value
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"m": self.m.clone(), "v": self.v.clone(), "steps": self.steps.clone()}
 

@@ -166,3 +166,21 @@ def test_critics_start_at_the_values_they_are_given(tiny_world_model):
         found = learner.critic.forward(model.encode(torch.stack([obs[p][:500]] * 2)).detach())[0][p]  # [K, R]
         error = (found - value[p][:500]).square().mean(1)
         assert (error < 0.5 * value[p].var()).all(), (p, error)
+
+
+def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
+    work = job(steps=3, seeds=(0, 1))
+    work.run()
+    rounds, learner = work.rounds, work.rounds.extraction
+    policies = learner.policies()
+    rounds.best_return[:] = [-np.inf, -np.inf]
+    for i in range(2):
+        rounds._keep_best(i, 100.0, policies[i])
+    before = [p.tensors() for p in learner.policies()]
+    learner.actor.parameters.flat.add_(1.0)
+    rounds._keep_best(0, 49.0, policies[0])  # below half: back
+    rounds._keep_best(1, 51.0, policies[1])  # not below: stays as it is now
+    after = [p.tensors() for p in learner.policies()]
+    assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
+    assert not torch.equal(after[1]["actor.0.weight"], before[1]["actor.0.weight"])
+    assert rounds.rollbacks.tolist() == [1, 0]
