@@ -198,6 +198,7 @@ class Recording:
         store = EpisodeStore.open(self.writer.path)
         statistics = store.statistics()
         self._returns[phase], self._lengths[phase] = statistics["returns"].tolist(), store.lengths.tolist()
+        self.thinning.kept += store.num_transitions
         return statistics["returns"]
 
     def mixture(self) -> list[dict[str, Any]]:
