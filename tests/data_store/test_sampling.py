@@ -197,12 +197,12 @@ def test_out_is_filled_and_returned(store):
 @pytest.mark.parametrize("what", ["gather_windows", "gather_rows"])
 def test_the_lock_is_released_while_gathering(wide_store, what):
     """Python is told never to take its lock from a running thread, so another one moves only while the lock is free."""
-    rows = np.zeros(2048, np.int64)
+    rows, many = np.zeros(2048, np.int64), np.zeros(17 * 2048, np.int64)
     columns = [getattr(wide_store, name) for name in ("obs", "action", "reward", "terminated", "task")]
     out = list(WindowSampler(wide_store, 16).windows(0, 2048).values())
     gather = {
         "gather_windows": lambda: backends.native.gather_windows(*columns, rows, 16, 1, *out),
-        "gather_rows": lambda: backends.native.gather_rows(wide_store.obs, rows, 1, out[0][0]),
+        "gather_rows": lambda: backends.native.gather_rows(wide_store.obs, many, 1, out[0].reshape(-1, 1000)),
     }[what]
     count, running, interval = 0, True, sys.getswitchinterval()
 
@@ -216,13 +216,11 @@ def test_the_lock_is_released_while_gathering(wide_store, what):
     thread = threading.Thread(target=counting)
     try:
         thread.start()
-        moved = False
-        for _ in range(50):  # the system may not run the other thread during the first call
+        moved, deadline = False, time.monotonic() + 60
+        while not moved and time.monotonic() < deadline:  # a busy machine may not run the other thread at once
             before = count
             gather()
             moved = count > before
-            if moved:
-                break
             time.sleep(1e-3)
     finally:
         sys.setswitchinterval(interval)
