@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ Policy = Callable[[np.ndarray], np.ndarray]  # obs [N, S] -> action [N, A]
 
 @dataclass(frozen=True)
 class Episode:
-    """One whole episode as the store takes it: obs [T + 1, S], action [T, A], reward [T], and whether it ended in a fall."""
+    """One whole episode as the store takes it: obs [T + 1, S], action [T, A], reward [T], and whether it ended in a
+    fall."""
 
     obs: np.ndarray
     action: np.ndarray
@@ -22,7 +24,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResults:
-    """returns [n], lengths [n]; with ``record``: the episodes, and joint_q [T + 1, nq] of environment 0 for pictures."""
+    """returns [n], lengths [n]; with ``record``: the episodes, and joint_q [T + 1, nq] of environment 0 for
+    pictures."""
 
     returns: np.ndarray
     lengths: np.ndarray
@@ -46,7 +49,7 @@ def evaluate(
     *,
     record: bool = False,
     threads: int | None = None,
-    **options,
+    **options: Any,
 ) -> EpisodeResults:
     """Run ``episodes`` episodes of ``policy_fn`` in as many environments; ``options`` go to the task's ``make_vector``.
 
@@ -62,7 +65,7 @@ def evaluate(
         env.close()
 
 
-def _run(env, policy_fn: Policy, episodes: int, seed: int, episode_length: int, record: bool) -> EpisodeResults:
+def _run(env: Any, policy_fn: Policy, episodes: int, seed: int, episode_length: int, record: bool) -> EpisodeResults:
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     running, fell = np.ones(episodes, bool), np.zeros(episodes, bool)
     obs, _ = env.reset(seed=seed)

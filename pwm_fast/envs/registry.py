@@ -28,7 +28,7 @@ class Task:
     def gym_id(self) -> str:
         return f"pwm_fast/{self.title.replace(' ', '')}-v0"
 
-    def make_vector(self, num_envs: int, seed: int = 0, threads: int | None = None, **options: Any):
+    def make_vector(self, num_envs: int, seed: int = 0, threads: int | None = None, **options: Any) -> Any:
         """A Gymnasium VectorEnv of this task; ``seed`` is used by its first ``reset()`` without one."""
         from pwm_fast.envs.vector import DflexVectorEnv
 

@@ -1,6 +1,7 @@
 """Gymnasium fronts of the dflex tasks: a VectorEnv that steps the whole batch at once, and a single environment.
 
-Autoreset is Gymnasium's *next-step* mode: the step that ends an episode returns its last observation; the following ``step``
+Autoreset is Gymnasium's *next-step* mode: the step that ends an episode returns its last observation; the following
+``step``
 ignores that environment's action and returns the first observation of a new episode with reward 0.
 """
 
@@ -46,7 +47,11 @@ class DflexVectorEnv(VectorEnv):
         **options: Any,
     ):
         _check_render_mode(render_mode)
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": ["rgb_array"], "render_fps": RENDER_FPS}
+        self.metadata = {
+            "autoreset_mode": AutoresetMode.NEXT_STEP,
+            "render_modes": ["rgb_array"],
+            "render_fps": RENDER_FPS,
+        }
         self.render_mode = render_mode
         options.setdefault("action_in_obs", True)
         self.simulation = DifferentiableEnv(task, num_envs, seed=seed, threads=threads, **options)
@@ -61,7 +66,7 @@ class DflexVectorEnv(VectorEnv):
         """Coordinates of the robots after the last step, [N, nq]: of the final state where an episode just ended."""
         return self._final_q.numpy()
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """(obs [N, S], {}); an integer seed restarts the random numbers."""
         super().reset(seed=seed)
         if seed is not None:
@@ -72,7 +77,7 @@ class DflexVectorEnv(VectorEnv):
         self._final_q = self.simulation.q
         return obs.numpy().copy(), {}
 
-    def step(self, actions: np.ndarray):
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """(obs [N, S], reward [N], terminated [N], truncated [N], {})."""
         sim, pending = self.simulation, self._pending
         rows = torch.from_numpy(np.flatnonzero(pending))
@@ -84,9 +89,9 @@ class DflexVectorEnv(VectorEnv):
             if len(rows):  # these begin an episode in this step: undo what the batch did to them
                 sim.restart_rows(rows, fresh_q, fresh_qd)
                 obs[rows], self._final_q[rows], reward[rows] = sim.obs[rows], fresh_q, 0.0
-        terminated, truncated = terminated.numpy() & ~pending, truncated.numpy() & ~pending
-        self._pending = terminated | truncated
-        return obs.numpy(), reward.numpy(), terminated, truncated, {}
+        fell, timed_out = terminated.numpy() & ~pending, truncated.numpy() & ~pending
+        self._pending = fell | timed_out
+        return obs.numpy(), reward.numpy(), fell, timed_out, {}
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One RGB picture per environment."""
@@ -98,7 +103,8 @@ class DflexVectorEnv(VectorEnv):
 
 
 class DflexEnv(gymnasium.Env):
-    """``gymnasium.make("pwm_fast/Humanoid-v0")``: one robot, no autoreset. For more than one, the VectorEnv is far faster."""
+    """``gymnasium.make("pwm_fast/Humanoid-v0")``: one robot, no autoreset. For more than one, the VectorEnv is far
+    faster."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": RENDER_FPS}  # noqa: RUF012
 
@@ -108,15 +114,15 @@ class DflexEnv(gymnasium.Env):
         self.observation_space, self.action_space = _spaces(task)
         self.batch = DflexVectorEnv(task, 1, render_mode=render_mode, threads=1, **options)
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         obs, _ = self.batch.reset(seed=seed)
         return obs[0], {}
 
-    def step(self, action):
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, _ = self.batch.step(np.asarray(action)[None])
         return obs[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
-    def render(self):
+    def render(self) -> Any:
         pictures = self.batch.render()
         return None if pictures is None else pictures[0]

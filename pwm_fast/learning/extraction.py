@@ -22,7 +22,7 @@ from pwm_fast.learning.returns import ReturnStatistics, imagined_return
 from pwm_fast.models.critic import Critic
 from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.policy import FORMAT, Actor, Policy
-from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel
+from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel, WorldModelConfig
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,9 @@ class Extraction:
     A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
     """
 
+    world_config: WorldModelConfig
+    imagination: Imagination
+
     def __init__(
         self,
         world_model: WorldModel,
@@ -116,7 +119,7 @@ class Extraction:
         like = self.imagination.encoder.layers[0].weight
         self._dtype, self._device = like.dtype, like.device
         c, w = config, world_model.config
-        options = {"dtype": like.dtype, "device": like.device}
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.actor = Actor(self.seeds, w.latent_dim, w.action_dim, c.actor_units, **options)
         self.critic = Critic(self.seeds, w.latent_dim, c.num_critics, c.critic_units, **options)
         self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)

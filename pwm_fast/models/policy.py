@@ -147,7 +147,7 @@ class Policy:
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters by name: `encoder.{i}...` (observation statistics folded into layer 0) and `actor...`."""
-        out = {f"actor.{name}": value for name, value in self._actor.parameters.tensors(0).items()}
+        out: dict[str, Any] = {f"actor.{name}": value for name, value in self._actor.parameters.tensors(0).items()}
         for i, layer in enumerate(self._encoder_layers):
             out[f"encoder.{i}.weight"], out[f"encoder.{i}.bias"] = layer.weight, layer.bias[0]
             out[f"encoder.{i}.ln.weight"], out[f"encoder.{i}.ln.bias"] = layer.ln_weight, layer.ln_bias
@@ -157,7 +157,7 @@ class Policy:
     def from_tensors(tensors: dict[str, Tensor], description: dict[str, Any]) -> Policy:
         """The inverse of `tensors`; raises ValueError on missing, unknown or wrongly shaped ones."""
         widths = [description["obs_dim"], *description["encoder_units"], description["latent_dim"]]
-        expected = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             expected[f"encoder.{i}.weight"] = (outputs, inputs)
             expected |= {f"encoder.{i}.{name}": (outputs,) for name in ("bias", "ln.weight", "ln.bias")}

@@ -132,9 +132,9 @@ class WorldModel(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.uniform_(module.weight, -0.02, 0.02)
-        nn.init.zeros_(self._reward[-1].weight)
-        if self._termination is not None:
-            nn.init.zeros_(self._termination[-1].weight)
+        for head in (self._reward, self._termination):
+            if head is not None:
+                nn.init.zeros_(head[-1].get_parameter("weight"))
 
     @property
     def num_parameters(self) -> int:
@@ -161,9 +161,11 @@ class WorldModel(nn.Module):
 
     def controls(self, action: Tensor, task: Tensor | None = None) -> Tensor:
         """[..., E+A]: what the dynamics take beside z, the task embedding and the action."""
-        return action if self._task_emb is None else torch.cat(
-            [self.task_embedding(task).expand(*action.shape[:-1], -1), action], -1
-        )
+        if self._task_emb is None:
+            return action
+        if task is None:
+            raise ValueError(f"this world model knows {self.config.num_tasks} tasks: pass `task` indices")
+        return torch.cat([self.task_embedding(task).expand(*action.shape[:-1], -1), action], -1)
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """z [..., Z] of raw observations [..., S]."""
@@ -296,6 +298,7 @@ class FrozenWorldModel:
     def _fold(layers: nn.ModuleList, state_dim: int, embedding: Tensor | None) -> list[FrozenLayer]:
         out = []
         for i, layer in enumerate(layers):
+            assert isinstance(layer, nn.Linear)
             weight, bias = layer.weight.detach(), layer.bias.detach()[None]
             if i == 0 and embedding is not None:
                 end = state_dim + embedding.shape[1]

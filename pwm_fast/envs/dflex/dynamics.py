@@ -1,16 +1,20 @@
-"""Batched, differentiable articulated-body dynamics on Warp (equations: Featherstone, Rigid Body Dynamics Algorithms, ch. 5-6).
+"""Batched, differentiable articulated-body dynamics on Warp (equations: Featherstone, Rigid Body Dynamics
+Algorithms, ch. 5-6).
 
-One thread per environment. All spatial quantities are (angular, linear) pairs about the world origin, so twists, wrenches and
-composite inertias of a subtree add without shifting, and a mass matrix stays meaningful when it is held over several substeps.
+One thread per environment. All spatial quantities are (angular, linear) pairs about the world origin, so twists,
+wrenches and
+composite inertias of a subtree add without shifting, and a mass matrix stays meaningful when it is held over several
+substeps.
 
-``kernels(features)`` compiles one module per kind of robot: what a robot lacks (ball joints, muscles, prismatic joints, a free
+``kernels(features)`` compiles one module per kind of robot: what a robot lacks (ball joints, muscles, prismatic
+joints, a free
 root) is not compiled in, because even untaken branches cost 15-25 % in differentiated loops.
 
 Row 0 of every per-link scratch array is the world; link i is row i + 1.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import SimpleNamespace
 
 import warp as wp
@@ -78,7 +82,8 @@ class Model:
 
 @wp.struct
 class Scratch:
-    """Working arrays of one slice of the batch, all [envs, ...]; they carry the loops' state so that the adjoint can replay it."""
+    """Working arrays of one slice of the batch, all [envs, ...]; they carry the loops' state so that the adjoint can
+    replay it."""
 
     rot: wp.array2d(dtype=wp.quat)  # [envs, links + 1]
     pos: wp.array2d(dtype=wp.vec3)
@@ -105,9 +110,10 @@ class Scratch:
     y: wp.array2d(dtype=float)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernels(features: Features) -> SimpleNamespace:
-    """The kernels for robots with these features: ``control_step`` (forward only), ``substep`` and ``mass_matrix`` (adjoint)."""
+    """The kernels for robots with these features: ``control_step`` (forward only), ``substep`` and ``mass_matrix``
+    (adjoint)."""
     free_root, prismatic, ball, muscles = features.free_root, features.prismatic, features.ball, features.muscles
     first = 1 if free_root else 0  # the free root is peeled off every loop over links
 

@@ -11,7 +11,8 @@ LARGEST_STATE = 1e6  # beyond this the state counts as broken and the episode en
 
 
 def _finite_gradient(x: Tensor) -> Tensor:
-    """x, with NaN and infinite entries of its gradient replaced by 0 (friction's direction has unbounded derivatives)."""
+    """x, with NaN and infinite entries of its gradient replaced by 0 (friction's direction has unbounded
+    derivatives)."""
     if x.requires_grad:
         x = x.view_as(x)  # a hook on the caller's own tensor would outlive this step
         x.register_hook(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0))
@@ -21,18 +22,30 @@ def _finite_gradient(x: Tensor) -> Tensor:
 class DifferentiableEnv:
     """``num_envs`` copies of a task.
 
-    ``step(action)`` clips action [N, A] to [-1, 1], simulates 1/60 s and returns ``obs [N, S], reward [N], terminated [N],
-    truncated [N], info``. The reward is that of the observation before the step. Finished environments (fallen, or 1000 steps
-    old) are reset at once: ``obs`` then is the first of the next episode and ``info["final_obs"]`` the last of the old one.
-    A state that stops being finite (or exceeds 1e6) ends its episode as terminated; its ``final_obs`` repeats the last sane one.
+    ``step(action)`` clips action [N, A] to [-1, 1], simulates 1/60 s and returns ``obs [N, S], reward [N],
+    terminated [N],
+    truncated [N], info``. The reward is that of the observation before the step. Finished environments (fallen, or
+    1000 steps
+    old) are reset at once: ``obs`` then is the first of the next episode and ``info["final_obs"]`` the last of the
+    old one.
+    A state that stops being finite (or exceeds 1e6) ends its episode as terminated; its ``final_obs`` repeats the
+    last sane one.
 
-    Gradients flow when grad mode is on and the action or the state requires them; ``initialize_trajectory()`` keeps the state
+    Gradients flow when grad mode is on and the action or the state requires them; ``initialize_trajectory()`` keeps
+    the state
     and cuts the graph. Otherwise nothing is saved for backward.
 
     ``action_in_obs``: whether the observation's last entries show the action just applied (Ant, Humanoid, ANYmal).
-    None reproduces dflex: shown only where no graph is recorded, else 0. Pass True to get the same observations either way.
-    ``recentre``: simulate relative to each robot's own place; the same dynamics, but float32 keeps its digits far from the origin.
+    None reproduces dflex: shown only where no graph is recorded, else 0. Pass True to get the same observations
+    either way.
+    ``recentre``: simulate relative to each robot's own place; the same dynamics, but float32 keeps its digits far
+    from the origin.
     """
+
+    q: Tensor
+    qd: Tensor
+    action: Tensor
+    obs: Tensor
 
     def __init__(
         self,
@@ -69,7 +82,8 @@ class DifferentiableEnv:
         return self.obs
 
     def set_state(self, joint_q: Tensor, joint_qd: Tensor) -> Tensor:
-        """Put the robots at joint_q [N, nq], joint_qd [N, nqd] at the start of an episode (last action 0); obs [N, S]."""
+        """Put the robots at joint_q [N, nq], joint_qd [N, nqd] at the start of an episode (last action 0); obs [N,
+        S]."""
         expected = {"joint_q": (self.num_envs, self.model.nq), "joint_qd": (self.num_envs, self.model.nqd)}
         for (name, shape), value in zip(expected.items(), (joint_q, joint_qd)):
             if tuple(value.shape) != shape:
@@ -95,17 +109,20 @@ class DifferentiableEnv:
         return {**kept, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue exactly where state_dict() was taken. Raises ValueError if it belongs to another task or batch size."""
+        """Continue exactly where state_dict() was taken. Raises ValueError if it belongs to another task or batch
+        size."""
         for name in ("q", "qd", "action", "progress", "obs"):
             expected, got = tuple(getattr(self, name).shape), tuple(state[name].shape)
             if expected != got:
-                raise ValueError(f"saved '{name}' has shape {got}, but {self.task.name} x {self.num_envs} needs {expected}")
+                needed = f"{self.task.name} x {self.num_envs} needs {expected}"
+                raise ValueError(f"saved '{name}' has shape {got}, but {needed}")
         for name in ("q", "qd", "action", "progress", "obs"):
             setattr(self, name, state[name].detach().clone())
         self.generator.set_state(state["generator"])
 
     def _start_states(self, n: int) -> tuple[Tensor, Tensor]:
-        return self.task.start_state(self._start_q, self.model.nqd, n, self.generator if self.stochastic_reset else None)
+        generator = self.generator if self.stochastic_reset else None
+        return self.task.start_state(self._start_q, self.model.nqd, n, generator)
 
     def _place(self, q: Tensor, qd: Tensor) -> None:
         self.q, self.qd = q, qd
@@ -166,7 +183,7 @@ class DifferentiableEnv:
         origin[:, 0::2] = q.detach()[:, 0:3:2] * (self.progress > 0)[:, None]
         shift = torch.nn.functional.pad(origin, (0, self.model.nq - 3))
 
-        def arm(rates):  # the twist's linear part changes by omega x origin
+        def arm(rates: Tensor) -> Tensor:  # the twist's linear part changes by omega x origin
             return torch.nn.functional.pad(torch.linalg.cross(rates[:, :3], origin), (3, self.model.nqd - 6))
 
         q1, qd1 = self.simulator.step(q - shift, qd + arm(qd), **drive)

@@ -1,6 +1,7 @@
 """Pictures of the robots without a graphics library: rays against the collision shapes, in numpy.
 
-Capsules and spheres get soft outlines from the distance between ray and axis; boxes are sampled four times per pixel. The
+Capsules and spheres get soft outlines from the distance between ray and axis; boxes are sampled four times per
+pixel. The
 ground is a checker of 1 m tiles that fades into the distance, with soft shadows; the camera follows the robot, so the
 tiles show how fast it moves. Limbs on the robot's left are warm, those on its right cool, the trunk is grey.
 """
@@ -25,7 +26,8 @@ SHADOW = 0.55  # share of the light that a shadow leaves
 
 @dataclass(frozen=True)
 class Body:
-    """A robot's shapes: link, kind [n]; size [n, 3]; pose in the link; colour; and the robot's own size and mid-height (m)."""
+    """A robot's shapes: link, kind [n]; size [n, 3]; pose in the link; colour; and the robot's own size and
+    mid-height (m)."""
 
     link: np.ndarray
     kind: np.ndarray
@@ -47,7 +49,8 @@ class Camera:
     focal: float
 
     def rectangle(self, points: np.ndarray, margin: float) -> tuple[slice, slice] | None:
-        """Rows and columns of the picture that hold points [n, 3] with ``margin`` (m) around them; None outside of it."""
+        """Rows and columns of the picture that hold points [n, 3] with ``margin`` (m) around them; None outside of
+        it."""
         local = (points - self.eye) @ self.axes.T
         depth = np.maximum(local[:, 2], 0.05)
         reach = margin * self.focal / depth * 1.05 + 2
@@ -273,7 +276,8 @@ def _cast_shadow(light, camera, ground, a, b, radius) -> None:
 
 
 def _frame(body: Body, position: np.ndarray, rotation: np.ndarray, target: np.ndarray, width: int, height: int):
-    """One picture float [H, W, 3] of shapes at position [n, 3], rotation [n, 3, 3], all moved to the target's origin."""
+    """One picture float [H, W, 3] of shapes at position [n, 3], rotation [n, 3, 3], all moved to the target's
+    origin."""
     distance = body.extent * (0.95 / (2 * np.tan(FIELD_OF_VIEW / 2)) + 0.5)
     ground = _ground(body.height, distance, width, height)
     camera, picture = ground.camera, _background(ground, target)

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ class BatchSlice:
         self._forward.launch()
 
     def _record(self, kernel, args):
-        """An adjoint launch. It first replays the functions the kernel calls, stores included: no forward launch needed."""
+        """An adjoint launch. It first replays the functions the kernel calls, stores included: no forward launch
+        needed."""
         adjoints = [_adjoint(a) for a in args]
         return wp.launch(kernel, self.n, inputs=args, adj_inputs=adjoints, adjoint=True, record_cmd=True)
 
@@ -102,19 +104,25 @@ class BatchSlice:
                 args += [self._L[i // self.refresh], self.scratch, self._q[i + 1], self._qd[i + 1]]
                 self._backward.append(self._record(self.kernels.substep, args))
                 if i % self.refresh == 0:
-                    self._backward.append(self._record(self.kernels.mass_matrix, [self.model, self._q[i], self.scratch]))
+                    args = [self.model, self._q[i], self.scratch]
+                    self._backward.append(self._record(self.kernels.mass_matrix, args))
         for command in self._backward:
             command.launch()
 
 
 class Simulator:
-    """``num_envs`` copies of one robot; slices of the batch run on ``threads`` threads, with results that do not depend on it.
+    """``num_envs`` copies of one robot; slices of the batch run on ``threads`` threads, with results that do not
+    depend on it.
 
-    ``step`` is differentiable in q [N, nq], qd [N, nqd], motor (generalised forces, N m, [N, nqd]) and muscle tension (N, [N, M]).
-    ``substeps`` per control step; the mass matrix is rebuilt every ``refresh`` substeps (default: once per control step).
+    ``step`` is differentiable in q [N, nq], qd [N, nqd], motor (generalised forces, N m, [N, nqd]) and muscle
+    tension (N, [N, M]).
+    ``substeps`` per control step; the mass matrix is rebuilt every ``refresh`` substeps (default: once per control
+    step).
     """
 
-    def __init__(self, model: RobotModel, num_envs: int, substeps: int, refresh: int | None = None, threads: int | None = None):
+    def __init__(
+        self, model: RobotModel, num_envs: int, substeps: int, refresh: int | None = None, threads: int | None = None
+    ):
         if num_envs < 1:
             raise ValueError(f"num_envs must be >= 1, got {num_envs}")
         refresh = refresh or substeps
@@ -126,14 +134,15 @@ class Simulator:
         wp.init()
         self.model, self.num_envs, self.threads = model, num_envs, min(threads, num_envs)
         bounds = np.linspace(0, num_envs, self.threads + 1).astype(int)
-        self.spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:])]
+        self.spans = [slice(a, b) for a, b in pairwise(bounds)]
         self.parts = [BatchSlice(model, b.stop - b.start, substeps, refresh) for b in self.spans]
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
         self._no_motor = torch.zeros(num_envs, model.nqd)
         self._no_tension = torch.zeros(num_envs, self.parts[0].tension.shape[1])
 
     def each(self, function):
-        """function(part, span) for every slice of the batch; grad mode is per thread, so each worker turns it off itself."""
+        """function(part, span) for every slice of the batch; grad mode is per thread, so each worker turns it off
+        itself."""
         function = torch.no_grad()(function)
         if self.pool is None:
             return [function(self.parts[0], self.spans[0])]

@@ -1,6 +1,8 @@
-"""The five tasks: a table row each (model, substeps, torque per unit action, ...) plus observation, reward, termination and reset.
+"""The five tasks: a table row each (model, substeps, torque per unit action, ...) plus observation, reward,
+termination and reset.
 
-Rewards follow the code behind the published scores, not the paper's table 2, and are functions of the observation *before* the
+Rewards follow the code behind the published scores, not the paper's table 2, and are functions of the observation
+*before* the
 step. Quaternions are (x, y, z, w); the world is y-up; qd of a free root is its world-origin twist (omega, v).
 """
 
@@ -37,7 +39,8 @@ def uniform(n: int, width: int, spread: float, generator: torch.Generator) -> Te
 
 @dataclass(frozen=True)
 class DflexTask:
-    """A row of the table. ``torque``: N m per unit action on each of the last ``action_dim`` joints; empty: driven by muscles."""
+    """A row of the table. ``torque``: N m per unit action on each of the last ``action_dim`` joints; empty: driven
+    by muscles."""
 
     name: str
     title: str
