@@ -1,5 +1,6 @@
 """Bad input and faults of `extract` and `pretrain`: a one-line error and exit code 2, or an exact resume."""
 
+import csv
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from pwm_fast.state_files import load_state
 
 COMMANDS = ("extract", "pretrain")
 ROUNDS = ["--rounds.extraction-steps", "10", "--rounds.model-steps", "2", "--rounds.model-batch-size", "8"]
-ROUNDS += ["--rounds.evaluation-episodes", "2", "--rounds.exploration-episodes", "2"]
-SMALL = {"extract": ["--steps", "10"], "pretrain": ["--size", "1M", "--steps", "2", "--batch-size", "8"]}
+ROUNDS += ["--start", "scratch"]
+ROUNDS += ["--rounds.evaluation-episodes", "2", "--rounds.exploration-transitions", "64"]
+SMALL = {"extract": ["--steps", "10", *ROUNDS], "pretrain": ["--size", "1M", "--steps", "2", "--batch-size", "8"]}
 LONG = {
     "extract": ["--steps", "50", "--seeds", "2", *ROUNDS],
     "pretrain": ["--size", "1M", "--steps", "8", "--batch-size", "32", "--checkpoint-minutes", "1e-5"],
@@ -192,9 +194,12 @@ class Running:
             time.sleep(0.005)
 
     def finish(self) -> int:
-        code = self.process.wait(timeout=240)
-        self._file.close()
-        return code
+        """Its exit code; ends it where it does not end by itself."""
+        try:
+            return self.process.wait(timeout=240)
+        finally:
+            self.process.kill()
+            self._file.close()
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +219,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_world_model: Pa
         return finished[command]
 
     return build
+
+
+def rows(folder: Path) -> list[tuple[str, str | None]]:
+    """Step and seed of each row of a run's metrics."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [(row["step"], row.get("seed")) for row in csv.DictReader(file)]
 
 
 def assert_same_tensors(path: Path, expected: Path) -> None:
@@ -245,6 +256,4 @@ def test_an_interrupted_run_resumes_exactly(command: str, how: str, uninterrupte
     again = Running(command, [*given, "--resume"], command_environment, tmp_path / "log2")
     assert again.finish() == 0, again.log.read_text()
     assert_same_tensors(out / RESULT[command], expected)
-    steps = [line.split(",")[0] for line in (out / "metrics.csv").read_text().splitlines()]
-    reference = [line.split(",")[0] for line in (expected.parent / "metrics.csv").read_text().splitlines()]
-    assert steps == reference, "the metrics have the rows of an uninterrupted run, none twice"
+    assert rows(out) == rows(expected.parent), "the metrics have the rows of an uninterrupted run, none twice"
