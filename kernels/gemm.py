@@ -81,13 +81,15 @@ class PackedWeight:
             weight.data_ptr(), weight.stride(1), weight.stride(0), self._inputs, self._outputs, self._panels.data_ptr()
         )
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + bias for x [R, in], bias [out]: `torch.nn.functional.linear`."""
+    def product(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x W^T + bias for x [R, in], bias [out]: `torch.nn.functional.linear`. `out` [R, out] is contiguous."""
         if x.dim() != 2 or x.shape[1] != self._inputs or x.dtype is not torch.float32 or not x.is_cpu:
             raise ValueError(f"x must be float32 [R, {self._inputs}] on the cpu, got {x.dtype} {tuple(x.shape)}")
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_cpu):
             raise ValueError(f"bias must be float32 on the cpu, got {bias.dtype} on {bias.device}")
-        y = x.new_empty(x.shape[0], self._outputs)
+        y = x.new_empty(x.shape[0], self._outputs) if out is None else out
+        if y.shape != (x.shape[0], self._outputs) or y.dtype is not torch.float32 or not y.is_contiguous():
+            raise ValueError(f"out must be contiguous float32 {(x.shape[0], self._outputs)}, got {tuple(y.shape)}")
         self._native.gemm(
             _operand(x[None], 1),
             (self._panels.data_ptr(), 0, 0, 0, 1),

@@ -22,6 +22,7 @@ from pwm_fast.learning.returns import ReturnStatistics, imagined_return
 from pwm_fast.models.critic import Critic
 from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.policy import FORMAT, Actor, Policy
+from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel, WorldModelConfig
 
 
@@ -124,6 +125,7 @@ class Extraction:
         self.critic = Critic(self.seeds, w.latent_dim, c.num_critics, c.critic_units, **options)
         self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)
         self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
+        self._workspace = Workspace()
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
         self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
@@ -175,8 +177,8 @@ class Extraction:
         """Ascend the imagined return. Returns metrics and min_k V(z_{h+1}) [H, P, B]."""
         c = self.config
         horizon, policies, batch = rollout.reward.shape
-        all_values, saved = self.critic.forward(rollout.latents[:, 1:].reshape(policies, horizon * batch, -1))
-        values, chosen = all_values.min(1)  # [P, H * B]
+        latents = rollout.latents[:, 1:].reshape(policies, horizon * batch, -1)
+        values = self.critic.values(latents, self._workspace).amin(1)  # [P, H * B]
         next_values = values.view(policies, horizon, batch).transpose(0, 1)
         returns = imagined_return(
             rollout.reward, rollout.continues, next_values[-1], c.gamma, c.terminal_discount_offset
@@ -190,10 +192,10 @@ class Extraction:
         loss = -returns.value.mean(1) / divisor
         weight = (-1 / (batch * divisor))[:, None]  # dL / d return, [P, 1]
 
-        last_rows = slice((horizon - 1) * batch, horizon * batch)
-        d_values = torch.zeros_like(all_values[:, :, last_rows])
-        d_values.scatter_(1, chosen[:, None, last_rows], (weight * returns.d_last)[:, None])
-        d_last = self.critic.input_gradient(d_values, saved.rows(last_rows.start, last_rows.stop))
+        last_values, saved = self.critic.forward(rollout.latents[:, horizon], self._workspace)  # [P, K, B]
+        d_values = torch.zeros_like(last_values)
+        d_values.scatter_(1, last_values.argmin(1, keepdim=True), (weight * returns.d_last)[:, None])
+        d_last = self.critic.input_gradient(d_values, saved)
         self.imagination.backward(
             self.actor,
             rollout,
@@ -239,7 +241,7 @@ class Extraction:
                 latents = x.index_select(0, pick).view(policies, count, -1)
                 loss, norm = self._regress(latents, y.index_select(0, pick).view(policies, 1, count), lr, active)
                 total = total + loss
-                active = active & torch.isfinite(norm)
+                active = active & (norm < torch.inf)  # false for NaN, and one operation where isfinite is four
         self.diverged |= ~active
         return {
             "critic_loss": total / (c.critic_epochs * c.critic_minibatches),
@@ -249,10 +251,10 @@ class Extraction:
 
     def _regress(self, latents: Tensor, target: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """One step of all critics on latents [P, R, Z], targets [P, 1, R]; squared error and gradient norm [P]."""
-        values, saved = self.critic.forward(latents)
+        values, saved = self.critic.forward(latents, self._workspace)
         error = values - target
         loss = error.square().mean((1, 2))
-        self.critic.backward(error.mul_(2 / (self.config.num_critics * target.shape[2])), saved)
+        self.critic.backward(error.mul_(2 / (self.config.num_critics * target.shape[2])), saved, self._workspace)
         return loss, self.critic_adam.step(lr, self.config.critic_max_norm, active)
 
     @torch.no_grad()

@@ -15,11 +15,15 @@ from pwm_fast.kernels import two_hot
 from pwm_fast.models.frozen import FrozenNetwork, Saved
 from pwm_fast.models.policy import ActionSample, Actor
 from pwm_fast.models.population_mlp import Activations
+from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenWorldModel
 
 
 class Rollout(NamedTuple):
-    """One imagined batch and what its backward pass needs."""
+    """One imagined batch and what its backward pass needs.
+
+    What the frozen networks keep for that pass lies in memory that the next rollout overwrites.
+    """
 
     inputs: Tensor  # [H + 1, P, B, Z + A]: z_h and a_h side by side, as the networks read them (a_H is unused)
     latents: Tensor  # [P, H + 1, B, Z]: the same z_h, one policy's rows together
@@ -45,6 +49,7 @@ class Imagination:
         self.reward = FrozenNetwork(world.reward, c.simnorm_dim, packed=True)
         self.termination = FrozenNetwork(world.termination, c.simnorm_dim, packed=True) if terminations else None
         self.reward_scale = world.reward_scale
+        self._workspace = Workspace()
 
     def rollout(self, actor: Actor, obs: Tensor, noise: Tensor) -> Rollout:
         """Imagine from raw observations [P, B, S] with standard normal noise [P, H, B, A]."""
@@ -58,13 +63,14 @@ class Imagination:
             latents[:, h], inputs[h, ..., :z_dim] = z, z
             samples.append(actor.forward(z, noise[:, h]))
             inputs[h, ..., z_dim:] = samples[h].action
-            z, saved = self.dynamics.forward(inputs[h])
+            z, saved = self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))
             dynamics.append(saved)
         latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
-        logits, reward_layers = self.reward.forward(inputs[:-1])
+        logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
         continues, termination_layers = None, []
         if self.termination is not None:
-            logit, termination_layers = self.termination.forward(inputs[1:, ..., :z_dim])
+            work = self._workspace.part("termination")
+            logit, termination_layers = self.termination.forward(inputs[1:, ..., :z_dim], work)
             continues = torch.sigmoid(-logit.squeeze(-1))
         return Rollout(
             inputs, latents, self._expected_reward(logits), continues, noise, samples, dynamics, logits, reward_layers,
@@ -83,18 +89,24 @@ class Imagination:
         """Overwrite the actors' gradients, given those of rewards and continuations [H, P, B] and of z_H [P, B, Z]."""
         z_dim = self.config.latent_dim
         policies, horizon, batch, action_dim = rollout.noise.shape
-        d_inputs = self.reward.input_gradient(self._reward_gradient(d_reward, rollout), rollout.reward_layers)
+        work = self._workspace
+        d_logits = self._reward_gradient(d_reward, rollout)
+        d_inputs = self.reward.input_gradient(d_logits, rollout.reward_layers, work.part("reward"))
         d_terminations = None
         if self.termination is not None:
             c = rollout.continues
             d_logit = -d_continues * c * (1 - c)
-            d_terminations = self.termination.input_gradient(d_logit[..., None], rollout.termination_layers)
+            d_terminations = self.termination.input_gradient(
+                d_logit[..., None], rollout.termination_layers, work.part("termination")
+            )
         d_action = d_last.new_empty(policies, horizon, batch, action_dim)
         dz = d_last
         for h in reversed(range(horizon)):
             if d_terminations is not None:
                 dz = dz + d_terminations[h]
-            d_input = d_inputs[h].add_(self.dynamics.input_gradient(dz, rollout.dynamics[h]))
+            d_input = d_inputs[h].add_(
+                self.dynamics.input_gradient(dz, rollout.dynamics[h], work.part("dynamics gradient"))
+            )
             d_action[:, h] = d_input[..., z_dim:]
             dz = d_input[..., :z_dim]
             if not detach_actor_input:

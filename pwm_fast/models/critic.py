@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast.models.population_mlp import Activations, PopulationMLP
+from pwm_fast.models.workspace import Workspace
 
 UNITS = (400, 200)
+VALUE_ROWS = 256  # of a policy in one pass: activations stay in the second-level cache
 
 
 class Critic:
@@ -37,14 +39,18 @@ class Critic:
                 start = torch.empty(weight.shape, dtype=torch.float64)
                 weight.copy_(nn.init.orthogonal_(start, gain=2**0.5, generator=generator))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Activations]:
-        """Values [P, K, R] of latents [P, R, Z]."""
-        v, saved = self.mlp.forward(z)
+    def forward(self, z: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, Activations]:
+        """Values [P, K, R] of latents [P, R, Z], and what `backward` needs (all of it in `workspace`, if given)."""
+        v, saved = self.mlp.forward(z, workspace)
         return v.view(self.policies, self.num_critics, -1), saved
 
-    def backward(self, dv: Tensor, saved: Activations) -> None:
+    def values(self, z: Tensor, workspace: Workspace) -> Tensor:
+        """Values [P, K, R] of latents [P, R, Z] that need no gradient, a few hundred rows at a time."""
+        return torch.cat([self.forward(rows, workspace)[0].clone() for rows in z.split(VALUE_ROWS, 1)], 2)
+
+    def backward(self, dv: Tensor, saved: Activations, workspace: Workspace | None = None) -> None:
         """Overwrite the parameters' gradients. dv [P, K, R]."""
-        self.mlp.backward(dv.reshape(self.mlp.members, -1, 1), saved)
+        self.mlp.backward(dv.reshape(self.mlp.members, -1, 1), saved, workspace)
 
     def fit_last_layer(self, policy: int, z: Tensor, value: Tensor, ridge: float = 1e-3) -> None:
         """Set one policy's last layers to the least-squares fit of values [R] in latents [R, Z]."""

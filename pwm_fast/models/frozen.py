@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
 from pwm_fast.kernels.gemm import PackedWeight, pack
+from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer
 
 EPS = 1e-5
@@ -42,48 +43,61 @@ class FrozenNetwork:
         ]
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Saved]]:
-        """Outputs [..., P, B, out] and what `input_gradient` needs."""
+    def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, list[Saved]]:
+        """Outputs [..., P, B, out] and what `input_gradient` needs (all of it in `workspace`, if given)."""
+        w = workspace or Workspace()
         lead, batch = x.shape[:-1], x.shape[-2]
         x = x.reshape(-1, x.shape[-1])
-        saved = []
-        for layer, norm, (packed, _) in zip(self.layers, self._norms, self._packed):
-            pre = _linear(x, layer, packed, batch)
+        rows, saved = x.shape[0], []
+        for i, (layer, norm, (packed, _)) in enumerate(zip(self.layers, self._norms, self._packed)):
+            pre = w.tensor(f"{i}.pre", x, 1, rows, layer.weight.shape[0])
+            _linear(x, layer, packed, batch, pre[0])
             if norm is None:
-                x = pre
+                x = pre[0]
                 continue
+            place = (
+                w.tensor(f"{i}.y", pre, *pre.shape),
+                *(w.tensor(f"{i}.{s}", pre, 1, rows) for s in ("mean", "rstd")),
+            )
             if layer.activation == "simnorm":
-                y, mean, rstd = layernorm_simnorm.forward(pre[None], *norm, self.simnorm_dim, EPS)
-                saved.append(Saved(pre[None], mean, rstd, y))
+                y, mean, rstd = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
+                saved.append(Saved(pre, mean, rstd, y))
             else:
-                y, mean, rstd = layernorm_mish.forward(pre[None], *norm, EPS)
-                saved.append(Saved(pre[None], mean, rstd, None))
+                y, mean, rstd = layernorm_mish.forward(pre, *norm, EPS, out=place)
+                saved.append(Saved(pre, mean, rstd, None))
             x = y[0]
         return x.view(*lead, -1), saved
 
-    def input_gradient(self, dy: Tensor, saved: list[Saved]) -> Tensor:
-        """Gradient [..., P, B, in] of sum(dy * y). dy [..., P, B, out]."""
+    def input_gradient(self, dy: Tensor, saved: list[Saved], workspace: Workspace | None = None) -> Tensor:
+        """Gradient [..., P, B, in] of sum(dy * y), in `workspace` if given. dy [..., P, B, out]."""
+        w = workspace or Workspace()
         lead = dy.shape[:-1]
         dy = dy.reshape(-1, dy.shape[-1])
-        keep = iter(reversed(saved))
-        for layer, norm, (_, packed) in zip(reversed(self.layers), reversed(self._norms), reversed(self._packed)):
+        saved = [*saved, *[None] * (len(self.layers) - len(saved))]
+        for i in reversed(range(len(self.layers))):
+            layer, norm, s, packed = self.layers[i], self._norms[i], saved[i], self._packed[i][1]
             if norm is not None:
-                s = next(keep)
+                d_pre = w.tensor(f"{i}.d_pre", dy, 1, *dy.shape)
                 if s.y is not None:
-                    grads = layernorm_simnorm.backward(
-                        dy[None], s.y, s.pre, s.mean, s.rstd, *norm, False, self.simnorm_dim
+                    layernorm_simnorm.backward(
+                        dy[None], s.y, s.pre, s.mean, s.rstd, *norm, False, self.simnorm_dim, out=d_pre
                     )
                 else:
-                    grads = layernorm_mish.backward(dy[None], s.pre, s.mean, s.rstd, *norm, False)
-                dy = grads[0][0]
-            dy = torch.mm(dy, layer.weight) if packed is None else packed.product(dy)
+                    layernorm_mish.backward(dy[None], s.pre, s.mean, s.rstd, *norm, False, out=d_pre)
+                dy = d_pre[0]
+            dx = w.tensor(f"{i}.dx", dy, dy.shape[0], layer.weight.shape[1])
+            dy = torch.mm(dy, layer.weight, out=dx) if packed is None else packed.product(dy, out=dx)
         return dy.view(*lead, -1)
 
 
-def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int) -> Tensor:
-    """x [R, in] @ W^T + bias, with bias [1, out] for all rows or [P, out] for rows ordered [..., P, batch]."""
-    if layer.bias.shape[0] == 1:
-        return torch.addmm(layer.bias, x, layer.weight.T) if packed is None else packed.product(x, layer.bias[0])
-    y = torch.mm(x, layer.weight.T) if packed is None else packed.product(x)
-    y.view(-1, layer.bias.shape[0], batch, y.shape[1]).add_(layer.bias[:, None])
-    return y
+def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int, out: Tensor) -> None:
+    """out = x [R, in] @ W^T + bias, with bias [1, out] for all rows or [P, out] for rows ordered [..., P, batch]."""
+    shared = layer.bias[0] if layer.bias.shape[0] == 1 else None
+    if packed is not None:
+        packed.product(x, shared, out=out)
+    elif shared is not None:
+        torch.addmm(shared, x, layer.weight.T, out=out)
+    else:
+        torch.mm(x, layer.weight.T, out=out)
+    if shared is None:
+        out.view(-1, layer.bias.shape[0], batch, out.shape[1]).add_(layer.bias[:, None])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import linear, mish_layernorm
 from pwm_fast.models.parameters import FlatParameters
+from pwm_fast.models.workspace import Workspace
 
 EPS = 1e-5
 
@@ -32,14 +33,6 @@ class Activations(NamedTuple):
 
     hidden: list[Hidden]
     last: Tensor  # [G, R, in] input of the last Linear
-
-    def rows(self, start: int, stop: int) -> Activations:
-        """The same for a range of rows."""
-
-        def cut(t: Tensor) -> Tensor:
-            return t[:, start:stop].contiguous()
-
-        return Activations([Hidden(*map(cut, layer)) for layer in self.hidden], cut(self.last))
 
     @staticmethod
     def join(steps: list[Activations]) -> Activations:
@@ -79,40 +72,49 @@ class PopulationMLP:
         for i in range(self.depth - 1):
             self.parameters[f"{i}.ln.weight"].fill_(1.0)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Activations]:
-        """Outputs [G, R, out] of inputs [G, R, in], and what `backward` needs.
+    def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, Activations]:
+        """Outputs [G, R, out] of inputs [G, R, in], and what `backward` needs (all of it in `workspace`, if given).
 
         Inputs [g, R, in] with g a divisor of G are shared by G / g neighbouring networks.
         """
-        p = self.parameters
+        p, w, rows = self.parameters, workspace or Workspace(), (self.members, x.shape[1])
         hidden = []
-        for i in range(self.depth - 1):
-            pre = linear.forward(x, p[f"{i}.weight"], p[f"{i}.bias"])
-            y, mean, rstd = mish_layernorm.forward(pre, p[f"{i}.ln.weight"], p[f"{i}.ln.bias"], EPS)
+        for i, width in enumerate(self.widths[1:-1]):
+            pre = linear.forward(x, p[f"{i}.weight"], p[f"{i}.bias"], out=w.tensor(f"{i}.pre", p.flat, *rows, width))
+            place = (
+                w.tensor(f"{i}.y", pre, *rows, width),
+                w.tensor(f"{i}.mean", pre, *rows),
+                w.tensor(f"{i}.rstd", pre, *rows),
+            )
+            y, mean, rstd = mish_layernorm.forward(pre, p[f"{i}.ln.weight"], p[f"{i}.ln.bias"], EPS, out=place)
             hidden.append(Hidden(x, pre, mean, rstd))
             x = y
         last = self.depth - 1
-        out = linear.forward(x, p[f"{last}.weight"], p[f"{last}.bias"])
-        return out, Activations(hidden, x)
+        out = w.tensor("out", p.flat, *rows, self.widths[-1])
+        return linear.forward(x, p[f"{last}.weight"], p[f"{last}.bias"], out=out), Activations(hidden, x)
 
-    def backward(self, dy: Tensor, saved: Activations) -> None:
+    def backward(self, dy: Tensor, saved: Activations, workspace: Workspace | None = None) -> None:
         """Overwrite the gradients of all network parameters with those of sum(dy * y). dy [G, R, out]."""
-        self._backward(dy, saved, weights=True, inputs=False)
+        self._backward(dy, saved, True, False, workspace or Workspace())
 
     def input_gradient(self, dy: Tensor, saved: Activations) -> Tensor:
         """Gradient [g, R, in] with respect to the input; parameters' gradients are left alone."""
-        dx = self._backward(dy, saved, weights=False, inputs=True)
+        dx = self._backward(dy, saved, False, True, Workspace())
         assert dx is not None
         return dx
 
-    def _backward(self, dy: Tensor, saved: Activations, weights: bool, inputs: bool) -> Tensor | None:
+    def _backward(
+        self, dy: Tensor, saved: Activations, weights: bool, inputs: bool, workspace: Workspace
+    ) -> Tensor | None:
         p, g = self.parameters, self.parameters.grads
         x = saved.last
         for i in range(self.depth - 1, -1, -1):
             if i < self.depth - 1:
                 layer = saved.hidden[i]
                 gain, shift = p[f"{i}.ln.weight"], p[f"{i}.ln.bias"]
-                dy, dgain, dshift = mish_layernorm.backward(dy, layer.pre, layer.mean, layer.rstd, gain, shift, weights)
+                dy, dgain, dshift = mish_layernorm.backward(
+                    dy, layer.pre, layer.mean, layer.rstd, gain, shift, weights, out=dy
+                )
                 x = layer.x
                 if weights:
                     g[f"{i}.ln.weight"].copy_(dgain)
@@ -120,7 +122,8 @@ class PopulationMLP:
             if weights:
                 linear.weight_grad(dy, x, out=g[f"{i}.weight"], bias_out=g[f"{i}.bias"])
             if i:
-                dy = linear.input_grad(dy, p[f"{i}.weight"])
+                place = workspace.tensor(f"{i}.dx", dy, *dy.shape[:2], self.widths[i])
+                dy = linear.input_grad(dy, p[f"{i}.weight"], out=place)
             elif inputs:
                 dy = linear.input_grad(dy, p[f"{i}.weight"], groups=saved.hidden[0].x.shape[0])
         return dy if inputs else None

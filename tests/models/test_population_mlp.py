@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pwm_fast.models.critic import Critic
+from pwm_fast.models.critic import VALUE_ROWS, Critic
 from pwm_fast.models.population_mlp import Activations, PopulationMLP
+from pwm_fast.models.workspace import Workspace
 
 WIDTHS = (5, 9, 7, 2)
 
@@ -44,7 +45,7 @@ def test_forward_and_backward(groups: int) -> None:
     assert torch.equal(mlp.parameters.grad, before)
 
 
-def test_rows_and_join_of_activations() -> None:
+def test_join_of_activations() -> None:
     mlp = PopulationMLP(2, WIDTHS, dtype=torch.float64)
     mlp.parameters.flat.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(2, 6, 5, dtype=torch.float64)
@@ -55,8 +56,27 @@ def test_rows_and_join_of_activations() -> None:
     parts = [mlp.forward(x[:, :2])[1], mlp.forward(x[:, 2:])[1]]
     mlp.backward(dy, Activations.join(parts))
     torch.testing.assert_close(mlp.parameters.grad, expected, rtol=1e-12, atol=1e-12)
-    last = mlp.input_gradient(dy[:, 2:], whole.rows(2, 6))
-    torch.testing.assert_close(last, mlp.input_gradient(dy, whole)[:, 2:], rtol=1e-12, atol=1e-12)
+
+
+def test_a_workspace_changes_no_number() -> None:
+    mlp, workspace = PopulationMLP(2, WIDTHS, dtype=torch.float64), Workspace()
+    mlp.parameters.flat.normal_(generator=torch.Generator().manual_seed(0))
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+        dy = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
+        expected, saved = mlp.forward(x)
+        mlp.backward(dy, saved)
+        gradient = mlp.parameters.grad.clone()
+        y, saved = mlp.forward(x, workspace)
+        mlp.backward(dy, saved, workspace)
+        assert torch.equal(y, expected) and torch.equal(mlp.parameters.grad, gradient)
+
+
+def test_values_come_in_chunks() -> None:
+    critic = Critic([1, 2], latent_dim=5, units=(9, 7), dtype=torch.float64)
+    z = torch.randn(2, 2 * VALUE_ROWS + 3, 5, dtype=torch.float64)
+    torch.testing.assert_close(critic.values(z, Workspace()), critic.forward(z)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_critic_initialisation() -> None:
