@@ -95,8 +95,9 @@ class BatchSlice:
         adjoints = [_adjoint(a) for a in args]
         return wp.launch(kernel, self.n, inputs=args, adj_inputs=adjoints, adjoint=True, record_cmd=True)
 
-    def backward(self) -> None:
-        """Adjoint of forward(): from q_grad[-1], qd_grad[-1] to q_grad[0], qd_grad[0], motor_grad, tension_grad."""
+    def prepare_backward(self) -> None:
+        """Record the adjoint launches, once, on the caller's thread: Warp compiles and loads a kernel at its first
+        launch, and two threads that load the same one at once leave the first with code that is gone."""
         if self._backward is None:
             self._backward = []
             for i in reversed(range(self.substeps)):
@@ -106,6 +107,13 @@ class BatchSlice:
                 if i % self.refresh == 0:
                     args = [self.model, self._q[i], self.scratch]
                     self._backward.append(self._record(self.kernels.mass_matrix, args))
+
+    def backward(self) -> None:
+        """Adjoint of forward(): from q_grad[-1], qd_grad[-1] to q_grad[0], qd_grad[0], motor_grad, tension_grad.
+
+        After `prepare_backward`.
+        """
+        assert self._backward is not None
         for command in self._backward:
             command.launch()
 
@@ -159,6 +167,9 @@ class Simulator:
     def simulate(self, q, qd, motor, tension, keep):
         """The forward pass; with ``keep``, also what its adjoint needs from each slice."""
         q1, qd1 = torch.empty_like(q), torch.empty_like(qd)
+        if keep:
+            for part in self.parts:
+                part.prepare_backward()
 
         def run(part, span):
             part.q[0].copy_(q[span])
