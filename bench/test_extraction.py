@@ -3,8 +3,9 @@
     pytest bench/test_extraction.py -s
 
 Published MT80 shapes (observations 39, actions 6, task embedding 96), H = 16, batch 64, one thread, float32. Times are
-CPU seconds of this process, naive and explicit steps in turn; the fastest of each counts, for other work slows
-both. A speed counts only if the actor's gradient equals autograd's in float64 (cosine, printed).
+CPU seconds of this process, naive and explicit steps in turn; the fastest of each counts, for other work slows both.
+The roofline is what one core reaches in a matrix product whose operands fit its cache, measured in the same run, and the
+GFLOP are those the step cannot do without. A speed counts only if the actor's gradient equals autograd's in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "learning"))
 from naive import NaiveExtraction
 
 from pwm_fast import backend
+from pwm_fast.kernels import linear
 from pwm_fast.learning.extraction import PRESETS, Extraction
+from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 
 pytestmark = pytest.mark.timeout(0)  # a busy machine may take an hour; the figures are CPU time
@@ -85,6 +89,35 @@ def batch(policies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     return obs, torch.randn(policies, c.horizon, c.batch_size, ACTION_DIM, generator=generator)
 
 
+def needed_flop(ext: Extraction) -> float:
+    """Floating-point operations of one step's matrix products: no weight gradients of frozen networks, no value twice."""
+    c, imagination = ext.config, ext.imagination
+
+    def weights(layers: list) -> int:
+        return sum(layer.weight.numel() for layer in layers)
+
+    def mlp(widths: tuple[int, ...]) -> int:
+        return sum(a * b for a, b in pairwise(widths))
+
+    rows = c.batch_size * c.horizon
+    frozen = c.batch_size * weights(imagination.encoder.layers) + 2 * rows * (
+        weights(imagination.dynamics.layers) + weights(imagination.reward.layers)
+    )
+    actor, critic = ext.actor.mlp.widths, ext.critic.mlp.widths
+    actor_work = rows * (2 * mlp(actor) + mlp(actor[1:]))
+    train = mlp(critic) * 2 + mlp(critic[1:])
+    critic_work = c.num_critics * rows * (mlp(critic) + c.critic_epochs * train)
+    return 2.0 * (frozen + actor_work + critic_work) * ext.policies_count
+
+
+def roofline() -> float:
+    """FLOP per second of one core in a float32 product of 224 x 256 by 256 x 256 (0.7 MB)."""
+    x, weight, out = torch.randn(1, 224, 256), torch.randn(1, 256, 256), torch.empty(1, 224, 256)
+    with fast_matmul(torch.float32, torch.device("cpu")):
+        seconds = min(cpu_seconds(lambda: linear.input_grad(x, weight, out=out), 50) for _ in range(20))
+    return 2.0 * 224 * 256 * 256 / seconds
+
+
 @pytest.mark.parametrize("size, repeats", [("1M", 3), ("5M", 2), ("48M", 1)])
 def test_gradient_steps_against_autograd(size: str, repeats: int, record_property: Callable) -> None:
     cosine = actor_gradient_cosine(size, "published-code")
@@ -97,9 +130,11 @@ def test_gradient_steps_against_autograd(size: str, repeats: int, record_propert
         naive_seconds.append(cpu_seconds(lambda: naive.step(obs[0], noise[0]), repeats))
         explicit_seconds.append(cpu_seconds(lambda: ext.step(obs), repeats))
     ours, theirs = min(explicit_seconds), min(naive_seconds)
+    flop, peak = needed_flop(ext), roofline()
     print(
-        f"\n{size:>4}: {1e3 * ours:7.0f} ms a step ({1 / ours:5.2f}/s), autograd {1e3 * theirs:7.0f} ms, "
-        f"ratio {theirs / ours:4.2f}, gradient cosine {cosine:.7f} ({backend.describe()}, 1 thread)"
+        f"\n{size:>4}: {1e3 * ours:.0f} ms a step ({1 / ours:.2f}/s), autograd {1e3 * theirs:.0f} ms, "
+        f"ratio {theirs / ours:.2f}; {flop / 1e9:.1f} GFLOP at {flop / ours / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s "
+        f"({flop / ours / peak:.0%} of roofline); gradient cosine {cosine:.7f} ({backend.describe()}, 1 thread)"
     )
     for name, value in (("ms", 1e3 * ours), ("naive_ms", 1e3 * theirs), ("ratio", theirs / ours), ("cosine", cosine)):
         record_property(f"{size}_{name}", value)

@@ -1,4 +1,4 @@
-"""Native CPU kernels against eager torch, and grouped GEMMs against loops, each with a check of its numbers.
+"""CPU kernels against eager torch, each with a check of its numbers.
 
     pytest bench/test_kernels.py -s
 
@@ -201,47 +201,43 @@ def test_clip_adam(benchmark: Any, policies: int, size: int) -> None:
     report(benchmark, f"clip_adam {policies}x{size}", torch_call, native_call)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(512, 400), (400, 200)])
-@pytest.mark.parametrize("switch", ["MKL", "oneDNN"])
-def test_grouped_linear(benchmark: Any, inputs: int, outputs: int, switch: str) -> None:
-    """Three critics on 256 rows: one batched GEMM (kernels/linear.py) against a loop of single ones."""
+@pytest.mark.parametrize(("inputs", "outputs", "shared"), [(512, 400, True), (400, 200, False)])
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+def test_grouped_linear(benchmark: Any, inputs: int, outputs: int, shared: bool, library: str) -> None:
+    """A layer of three critics on 256 rows (kernels/linear.py) against a loop of torch's products.
+
+    Weights and their gradients are views of flat parameters, the first layer's rows are shared, as in extraction.
+    """
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(3, 256, inputs), torch.randn(3, outputs, inputs), torch.randn(3, outputs)
-    dy, y, dx, dw = (
-        torch.randn(3, 256, outputs),
-        torch.empty(3, 256, outputs),
-        torch.empty_like(x),
-        torch.empty_like(weight),
-    )
+    flat = torch.randn(2, 3, outputs * inputs + 1000)
+    weight, dw = (part[:, : outputs * inputs].view(3, outputs, inputs) for part in flat)
+    x, bias, dy = torch.randn(1 if shared else 3, 256, inputs), torch.randn(3, outputs), torch.randn(3, 256, outputs)
+    y, dx = torch.empty(3, 256, outputs), torch.empty(3, 256, inputs)
+    rows = x.expand(3, -1, -1)
 
-    def loop() -> None:
+    def torch_call() -> None:
         for g in range(3):
-            torch.addmm(bias[g], x[g], weight[g].t(), out=y[g])
+            torch.addmm(bias[g], rows[g], weight[g].t(), out=y[g])
             torch.mm(dy[g], weight[g], out=dx[g])
-            torch.mm(dy[g].t(), x[g], out=dw[g])
+            torch.mm(dy[g].t(), rows[g], out=dw[g])
 
-    def batched() -> None:
+    def grouped_call() -> None:
         linear.forward(x, weight, bias, out=y)
         linear.input_grad(dy, weight, out=dx)
         linear.weight_grad(dy, x, out=dw)
 
-    fast = linear.fast_matmul() if switch == "oneDNN" else None
+    fast = linear.fast_matmul() if library == "oneDNN" else None
     if fast is not None and not fast.active:
         pytest.skip(fast.reason)
     try:
-        batched()
-        assert relative_error(y, torch.einsum("gri,goi->gro", x.double(), weight.double()) + bias[:, None]) < 1e-6
-        assert relative_error(dx, torch.einsum("gro,goi->gri", dy.double(), weight.double())) < 1e-6
-        assert relative_error(dw, torch.einsum("gro,gri->goi", dy.double(), x.double())) < 1e-6
-        loop_time, batched_time = fastest(loop, batched)
-        rate = 6 * 256 * 3 * inputs * outputs / batched_time / 1e9
-        benchmark.extra_info.update(loop_us=loop_time * 1e6, batched_us=batched_time * 1e6, gflops=rate)
-        print(
-            f"\n  linear 3x256x{inputs}->{outputs} forward, both gradients, {switch:6s}"
-            f" loop {loop_time * 1e6:8.1f} us   batched {batched_time * 1e6:8.1f} us"
-            f"   ratio {loop_time / batched_time:5.2f}   {rate:.0f} GFLOP/s"
-        )
-        benchmark(batched)
+        grouped_call()
+        wide = rows.double(), weight.double(), dy.double()
+        assert relative_error(y, wide[0] @ wide[1].mT + bias[:, None]) < 1e-6
+        assert relative_error(dx, wide[2] @ wide[1]) < 1e-6
+        assert relative_error(dw, wide[2].mT @ wide[0]) < 1e-6
+        report(benchmark, f"linear 3x256x{inputs}->{outputs}, torch on {library}", torch_call, grouped_call)
+        rate = 6 * 3 * 256 * inputs * outputs / (benchmark.extra_info["native_us"] * 1e3)
+        print(f"  {'':58s} {rate:.0f} GFLOP/s")
     finally:
         if fast is not None:
             fast.restore()

@@ -1,7 +1,7 @@
 """Grouped float32 matrix products on CPUs with AVX-512: the Python side of csrc/gemm*.
 
-In extraction they reach 95% of a core's peak where torch's (MKL, oneDNN) reach 70-90%: groups, shared rows, transposed
-and strided operands are read where they lie, and biases and their gradients cost no pass of their own.
+In extraction they reach 85-90% of a core's peak where torch's (MKL, oneDNN) reach 70-80%: groups, shared rows,
+transposed and strided operands are read where they lie, and biases and their gradients cost no pass of their own.
 """
 
 from __future__ import annotations

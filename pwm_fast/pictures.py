@@ -19,7 +19,7 @@ FRAMES_PER_SECOND = 25
 CONTROL_RATE_HZ = 60
 GIF_LIMIT_BYTES = 3_000_000
 INK, FAINT, GRID = "#22303c", "#8a97a3", "#e6eaee"
-REAL, IMAGINED = "#0b7a75", "#c4582b"
+REAL, IMAGINED, KEPT = "#0b7a75", "#c4582b", "#b8860b"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def curve(
 ) -> None:
     """Write a PNG: real return per seed and their mean above, imagined return below where there is one.
 
+    A star marks each seed's best, which is the policy that a run keeps.
+
     `levels` are horizontal lines by label (paper, random, best in the data, behaviour cloning); None is left out.
     `real_same_span` is the real return over as many steps as were imagined: the gap is the model's error.
     """
@@ -81,6 +83,7 @@ def curve(
         )
         top = axes[0, 0]
         _lines(top, real, REAL, "real return")
+        _best(top, real)
         _levels(top, {k: v for k, v in (levels or {}).items() if v is not None})
         top.set_ylabel("real return")
         top.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=12)
@@ -131,6 +134,26 @@ def _lines(axis: Axes, lines: Sequence[Series], colour: str, label: str) -> None
         axis.plot(minutes, mean, color=colour, linewidth=2.4, label=f"{label}, mean of {len(lines)} seeds")
         if label == "real return":
             axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _best(axis: Axes, lines: Sequence[Series]) -> None:
+    """A star on each seed's highest value: the policy that is kept."""
+    points = [(line.minutes[int(np.argmax(line.values))], max(line.values)) for line in lines if len(line.values)]
+    if points:
+        minutes, values = zip(*points)
+        axis.scatter(minutes, values, marker="*", s=130, color=KEPT, edgecolor="white", linewidth=0.8, zorder=5)
+        minute, value = max(points, key=lambda point: point[1])
+        late = minute > 0.7 * max(line.minutes[-1] for line in lines if len(line.minutes))
+        axis.annotate(
+            f"kept: {value:,.0f}",
+            (minute, value),
+            xytext=(-7 if late else 7, 6),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            fontsize=8.5,
+            color=KEPT,
+            fontweight="bold",
+        )
 
 
 def _mean(lines: Sequence[Series]) -> tuple[np.ndarray, np.ndarray]:

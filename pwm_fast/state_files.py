@@ -38,6 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
         os.replace(part, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -83,6 +84,12 @@ def write_error(path: Path, error: Exception) -> OSError:
         errno.EFBIG: "raise the file size limit (ulimit -f), then go on with --resume",
     }.get(number, "choose another --out")
     return OSError(number, f"cannot write {path}: {reason}; {mend}")
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(path: Path) -> None:

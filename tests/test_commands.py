@@ -1,4 +1,4 @@
-"""`python -m pwm_fast.evaluate` and `python -m pwm_fast.tasks`."""
+"""`python -m pwm_fast.extract` leaves what it promises; `evaluate` and `tasks`."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from pwm_fast import evaluate, tasks
 from pwm_fast.envs import registry
 from pwm_fast.progress import make_console
 from pwm_fast.results import real_returns, summarise
-from pwm_fast.run_folder import RunFolder
+from pwm_fast.run_folder import RunFolder, read_summary
 
 
 @pytest.fixture
@@ -39,6 +39,28 @@ def run(tmp_path: Path, tiny_policies) -> RunFolder:
         )
         folder.write_summary(summary)
     return folder
+
+
+def test_extract_leaves_a_run_that_evaluate_reproduces(
+    tmp_path: Path, tiny_world_model: Path, tiny_store: Path, call, capsys
+):
+    options = {"--task": "hopper", "--world-model": tiny_world_model, "--data": tiny_store, "--out": tmp_path / "run"}
+    options |= {"--seeds": 2, "--steps": 6, "--start": "scratch", "--rounds.extraction-steps": 3}
+    options |= {"--rounds.model-steps": 1, "--rounds.model-batch-size": 8}
+    options |= {"--rounds.evaluation-episodes": 2, "--rounds.exploration-transitions": 64}
+    assert call("extract", *(part for pair in options.items() for part in pair)) == 0
+    shown = capsys.readouterr().out
+    for name in ("policy.safetensors", "summary.json", "metrics.csv", "curve.png", "rollout.gif"):
+        assert (tmp_path / "run" / name).stat().st_size > 0 and name in shown
+    summary = read_summary(tmp_path / "run")
+    promised = (
+        "task seeds steps return_mean return_std returns random_return paper_return seconds backend precision versions"
+    )
+    assert set(promised.split()) <= set(summary)
+    assert summary["task"] == "hopper" and summary["seeds"] == [0, 1] and summary["steps"] == 6
+    assert np.shape(summary["returns"]) == (2, 16) and f"{summary['return_mean']:.1f} ±" in shown
+    assert call("evaluate", tmp_path / "run") == 0
+    assert "reproduces summary.json exactly" in capsys.readouterr().out
 
 
 def test_evaluate_reproduces_the_summary_bit_for_bit(run: RunFolder, capsys, call):

@@ -1,6 +1,7 @@
 """Nested state comes back exactly, and a write that fails leaves what was there."""
 
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -41,6 +42,16 @@ def test_state_comes_back_exactly(tmp_path: Path):
     }
     save_state(tmp_path / "state", tree)
     assert same(tree, load_state(tmp_path / "state"))
+
+
+def test_files_are_readable_as_the_user_wants(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        save_state(tmp_path / "state", {"x": torch.zeros(2)})
+        write_json(tmp_path / "json", {})
+    finally:
+        os.umask(before)
+    assert {(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {0o644}
 
 
 def test_a_random_generator_continues_from_a_saved_state(tmp_path: Path):

@@ -6,7 +6,7 @@ back to the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -227,21 +227,13 @@ class Extraction:
     def update_critic(self, rollout: Rollout, targets: Tensor) -> dict[str, Tensor]:
         """Epochs of minibatch regression of all critics on targets [H, P, B]. Returns metrics."""
         c = self.config
-        horizon, policies, batch = rollout.reward.shape
-        rows = horizon * batch
-        x = rollout.latents[:, :horizon].reshape(policies * rows, -1)
-        y = targets.transpose(0, 1).reshape(policies * rows)  # time-major within a policy
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
         total = torch.zeros_like(lr)
-        for order in self._minibatch_orders(rows):
-            for index in order.tensor_split(c.critic_minibatches, 1):
-                count = index.shape[1]
-                pick = index.reshape(-1)
-                latents = x.index_select(0, pick).view(policies, count, -1)
-                loss, norm = self._regress(latents, y.index_select(0, pick).view(policies, 1, count), lr, active)
-                total = total + loss
-                active = active & (norm < torch.inf)  # false for NaN, and one operation where isfinite is four
+        for latents, target in self._minibatches(rollout.latents[:, :-1], targets):
+            loss, norm = self._regress(latents, target[:, None], lr, active)
+            total = total + loss
+            active = active & (norm < torch.inf)  # false for NaN, and one operation where isfinite is four
         self.diverged |= ~active
         return {
             "critic_loss": total / (c.critic_epochs * c.critic_minibatches),
@@ -278,16 +270,28 @@ class Extraction:
             loss, _ = self._regress(self.imagination.encoder.forward(rows)[0], value[:, None], lr, active)
         return loss
 
-    def _minibatch_orders(self, rows: int) -> list[Tensor]:
-        """Row numbers [P, rows] of the flattened batch, one order per epoch."""
+    def _minibatches(self, latents: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents [P, R, Z] and targets [P, R] of every critic step, from [P, H, B, Z] and [H, P, B].
+
+        Rows are time-major within a policy: fixed contiguous blocks, or a new order in each epoch.
+        """
         c = self.config
-        offset = torch.arange(self.policies_count, device=self._device)[:, None] * rows
-        if c.shuffle:
-            orders = counter_noise.permutations(
-                self._seeds, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
-            )
-            return list((orders + offset[:, None]).unbind(1))
-        return [torch.arange(rows, device=self._device) + offset] * c.critic_epochs
+        x = latents.flatten(1, 2)  # [P, H * B, Z]
+        y = targets.transpose(0, 1).flatten(1)  # [P, H * B]
+        if not c.shuffle:
+            blocks = list(zip(x.tensor_split(c.critic_minibatches, 1), y.tensor_split(c.critic_minibatches, 1)))
+            yield from blocks * c.critic_epochs
+            return
+        policies, rows, _ = x.shape
+        orders = counter_noise.permutations(
+            self._seeds, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
+        )
+        orders = orders + torch.arange(policies, device=self._device)[:, None, None] * rows
+        flat, place = x.reshape(policies * rows, -1), self._workspace.tensor("shuffled", x, *x.shape)
+        for order in orders.unbind(1):
+            torch.index_select(flat, 0, order.reshape(-1), out=place.view_as(flat))
+            shuffled = y.reshape(-1)[order]
+            yield from zip(place.tensor_split(c.critic_minibatches, 1), shuffled.tensor_split(c.critic_minibatches, 1))
 
     def policies(self) -> list[Policy]:
         """The policies as they are now, independent copies."""

@@ -114,9 +114,10 @@ class Imagination:
         rows = horizon * batch
         sample = ActionSample(
             torch.stack([s.action for s in rollout.actor], 1).view(policies, rows, action_dim),
-            Activations.join([s.activations for s in rollout.actor]),
+            Activations.join([s.activations for s in rollout.actor], work.part("actor")),
         )
-        actor.backward(d_action.view(policies, rows, -1), rollout.noise.reshape(policies, rows, -1), sample)
+        noise = rollout.noise.reshape(policies, rows, -1)
+        actor.backward(d_action.view(policies, rows, -1), noise, sample, work.part("actor"))
 
     def _expected_reward(self, logits: Tensor) -> Tensor:
         """Rewards [...] of the head's outputs [..., bins]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pwm_fast.models.frozen import FrozenNetwork
 from pwm_fast.models.population_mlp import Activations, PopulationMLP
+from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer
 from pwm_fast.state_files import read_json, replacing, write_json
 
@@ -78,12 +79,14 @@ class Actor:
         std = self.parameters["log_std"].exp()[:, None]
         return ActionSample(torch.tanh(torch.addcmul(mu, std, noise)), activations)
 
-    def backward(self, daction: Tensor, noise: Tensor, sample: ActionSample) -> None:
+    def backward(
+        self, daction: Tensor, noise: Tensor, sample: ActionSample, workspace: Workspace | None = None
+    ) -> None:
         """Overwrite the parameters' gradients with those of sum(daction * action). All [P, R, .]."""
         dmu = self._before_tanh(daction, sample)
         std = self.parameters["log_std"].exp()
         torch.mul((dmu * noise).sum(1), std, out=self.parameters.grads["log_std"])
-        self.mlp.backward(dmu, sample.activations)
+        self.mlp.backward(dmu, sample.activations, workspace)
 
     def input_gradient(self, daction: Tensor, sample: ActionSample) -> Tensor:
         """Gradient [P, R, Z] with respect to the latents."""

@@ -6,6 +6,7 @@ decides which rows of a batch are worth a backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,14 +36,21 @@ class Activations(NamedTuple):
     last: Tensor  # [G, R, in] input of the last Linear
 
     @staticmethod
-    def join(steps: list[Activations]) -> Activations:
-        """Rows of several passes one after the other: H passes of [G, R, .] become [G, H * R, .]."""
+    def join(steps: list[Activations], workspace: Workspace | None = None) -> Activations:
+        """Rows of several passes one after the other: H passes of [G, R, .] become [G, H * R, .] (in `workspace`)."""
         if len(steps) == 1:
             return steps[0]
+        w = workspace or Workspace()
+
+        def cat(name: str, parts: Sequence[Tensor]) -> Tensor:
+            groups, _, *rest = parts[0].shape
+            return torch.cat(parts, 1, out=w.tensor(name, parts[0], groups, sum(p.shape[1] for p in parts), *rest))
+
         hidden = []
-        for layers in zip(*(s.hidden for s in steps)):
-            hidden.append(Hidden(*(torch.cat(parts, 1) for parts in zip(*layers))))
-        return Activations(hidden, torch.cat([s.last for s in steps], 1))
+        for i, layers in enumerate(zip(*(s.hidden for s in steps))):
+            fields = zip(Hidden._fields, zip(*layers))
+            hidden.append(Hidden(*(cat(f"{i}.{name}", parts) for name, parts in fields)))
+        return Activations(hidden, cat("last", [s.last for s in steps]))
 
 
 class PopulationMLP:

@@ -1,14 +1,11 @@
-"""Batched, differentiable articulated-body dynamics on Warp (equations: Featherstone, Rigid Body Dynamics
-Algorithms, ch. 5-6).
+"""Batched, differentiable articulated-body dynamics on Warp (Featherstone, Rigid Body Dynamics Algorithms, ch. 5-6).
 
-One thread per environment. All spatial quantities are (angular, linear) pairs about the world origin, so twists,
-wrenches and
-composite inertias of a subtree add without shifting, and a mass matrix stays meaningful when it is held over several
-substeps.
+One thread per bundle of environments (lanes.py). All spatial quantities are (angular, linear) pairs about the world
+origin, so twists, wrenches and composite inertias of a subtree add without shifting, and a mass matrix stays meaningful
+when it is held over several substeps.
 
-``kernels(features)`` compiles one module per kind of robot: what a robot lacks (ball joints, muscles, prismatic
-joints, a free
-root) is not compiled in, because even untaken branches cost 15-25 % in differentiated loops.
+``kernels(features, lanes)`` compiles one module per kind of robot: what a robot lacks (ball joints, muscles, prismatic
+joints, a free root) is not compiled in.
 
 Row 0 of every per-link scratch array is the world; link i is row i + 1.
 """
@@ -17,11 +14,11 @@ from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
+import numpy as np
 import warp as wp
 
-from pwm_fast.envs.dflex.model import BALL, PRISMATIC, RobotModel
-
-wp.config.log_level = wp.LOG_WARNING
+from pwm_fast.envs.dflex.lanes import COMPILER_FLAGS, algebra
+from pwm_fast.envs.dflex.model import BALL, PRISMATIC, REVOLUTE, RobotModel
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,7 @@ class Features:
     prismatic: bool
     ball: bool
     muscles: bool
+    turned_frames: bool  # some joint frame is rotated against its parent link
 
     @staticmethod
     def of(model: RobotModel) -> "Features":
@@ -40,6 +38,7 @@ class Features:
             prismatic=bool((model.joint_type == PRISMATIC).any()),
             ball=model.has_ball_joints,
             muscles=len(model.segments.muscle) > 0,
+            turned_frames=bool((np.abs(model.frame_rot[:, :3]) > 0).any()),
         )
 
 
@@ -51,28 +50,27 @@ class Model:
     parent: wp.array(dtype=int)
     q_start: wp.array(dtype=int)
     qd_start: wp.array(dtype=int)
-    dof_parent: wp.array(dtype=int)
     dof_link: wp.array(dtype=int)
     dof_q: wp.array(dtype=int)
+    offset: wp.array(dtype=int)  # 1 where frame_pos is not 0
     frame_pos: wp.array(dtype=wp.vec3)
-    frame_rot: wp.array(dtype=wp.quat)
+    frame_rot: wp.array(dtype=wp.vec4)
     axis: wp.array(dtype=wp.vec3)
-    stiffness: wp.array(dtype=float)
-    target: wp.array(dtype=float)
-    damping: wp.array(dtype=float)
+    springs: wp.array(dtype=wp.vec4)  # stiffness, target, lower, upper
     limit_stiffness: wp.array(dtype=float)
-    lower: wp.array(dtype=float)
-    upper: wp.array(dtype=float)
+    damping: wp.array(dtype=float)
     armature: wp.array(dtype=float)
     mass: wp.array(dtype=float)
+    subtree_mass: wp.array(dtype=float)
     com: wp.array(dtype=wp.vec3)
     inertia: wp.array(dtype=wp.mat33)
     contact_link: wp.array(dtype=int)
     contact_point: wp.array(dtype=wp.vec3)
     contact_radius: wp.array(dtype=float)
     contact_material: wp.array(dtype=wp.vec4)
-    pair_dof: wp.array(dtype=int)  # every degree of freedom with each of its ancestors and itself
-    pair_ancestor: wp.array(dtype=int)
+    row: wp.array(dtype=int)  # packed mass matrix: row d is entries row[d] .. row[d + 1] - 1, see lanes.py
+    ancestor: wp.array(dtype=int)
+    entry_dof: wp.array(dtype=int)
     segment_muscle: wp.array(dtype=int)
     segment_links: wp.array(dtype=wp.vec2i)
     segment_start: wp.array(dtype=wp.vec3)
@@ -80,156 +78,156 @@ class Model:
     gravity: wp.vec3
 
 
-@wp.struct
-class Scratch:
-    """Working arrays of one slice of the batch, all [envs, ...]; they carry the loops' state so that the adjoint can
-    replay it."""
+@cache
+def scratch_struct(lanes: int) -> type:
+    """Working arrays. They carry the loops' state, so that the adjoint can replay it; threads that run one after the
+    other (a CPU slice) share one row of all but H, H_grad."""
+    a = algebra(lanes)
 
-    rot: wp.array2d(dtype=wp.quat)  # [envs, links + 1]
-    pos: wp.array2d(dtype=wp.vec3)
-    com: wp.array2d(dtype=wp.vec3)
-    axis_w: wp.array2d(dtype=wp.vec3)  # [envs, dofs] motion axes, angular and linear part
-    axis_v: wp.array2d(dtype=wp.vec3)
-    w: wp.array2d(dtype=wp.vec3)  # [envs, links + 1] twist
-    v: wp.array2d(dtype=wp.vec3)
-    joint_w: wp.array2d(dtype=wp.vec3)  # the joint's own share of it
-    joint_v: wp.array2d(dtype=wp.vec3)
-    acc_w: wp.array2d(dtype=wp.vec3)  # bias acceleration
-    acc_v: wp.array2d(dtype=wp.vec3)
-    torque: wp.array2d(dtype=wp.vec3)  # bias wrench minus external wrench
-    force: wp.array2d(dtype=wp.vec3)
-    sum_I: wp.array2d(dtype=wp.mat33)  # composite 6 x 6 inertia: angular, angular-linear and linear block
-    sum_C: wp.array2d(dtype=wp.mat33)
-    sum_M: wp.array2d(dtype=wp.mat33)
-    H: wp.array3d(dtype=float)  # [envs, dofs, dofs], lower triangle
-    H_grad: wp.array3d(dtype=float)
-    tau: wp.array2d(dtype=float)  # [envs, dofs]
-    tau_grad: wp.array2d(dtype=float)
-    qdd: wp.array2d(dtype=float)
-    qdd_grad: wp.array2d(dtype=float)
-    y: wp.array2d(dtype=float)
+    @wp.struct
+    class Scratch:
+        rot: wp.array2d(dtype=a.Quat)  # [rows, links + 1]
+        frame: wp.array2d(dtype=a.Quat)  # joint frames, where they are turned against the parent link
+        pos: wp.array2d(dtype=a.Vec)
+        com: wp.array2d(dtype=a.Vec)
+        axis_w: wp.array2d(dtype=a.Vec)  # [rows, dofs] motion axes, angular and linear part
+        axis_v: wp.array2d(dtype=a.Vec)
+        w: wp.array2d(dtype=a.Vec)  # [rows, links + 1] twist
+        v: wp.array2d(dtype=a.Vec)
+        joint_w: wp.array2d(dtype=a.Vec)  # the joint's own share of it
+        joint_v: wp.array2d(dtype=a.Vec)
+        acc_w: wp.array2d(dtype=a.Vec)  # bias acceleration
+        acc_v: wp.array2d(dtype=a.Vec)
+        torque: wp.array2d(dtype=a.Vec)  # bias wrench minus external wrench
+        force: wp.array2d(dtype=a.Vec)
+        inertia: wp.array2d(dtype=a.Sym)  # composite inertia about the world origin,
+        moment: wp.array2d(dtype=a.Vec)  # its first moment of mass,
+        spread_mass: wp.array2d(dtype=a.Sym)  # and mass; a matrix where rotations may not be orthogonal (ball joints)
+        dof_torque: wp.array2d(dtype=a.Vec)  # [rows, dofs] wrench that accelerates a subtree along a motion axis
+        dof_force: wp.array2d(dtype=a.Vec)
+        H: wp.array2d(dtype=a.Lane)  # [groups, entries] packed mass matrix
+        H_grad: wp.array2d(dtype=a.Lane)
+        tau: wp.array2d(dtype=a.Lane)  # [rows, dofs]
+        tau_grad: wp.array2d(dtype=a.Lane)
+        qdd: wp.array2d(dtype=a.Lane)
+        qdd_grad: wp.array2d(dtype=a.Lane)
+        y: wp.array2d(dtype=a.Lane)
+
+    return Scratch
 
 
 @cache
-def kernels(features: Features) -> SimpleNamespace:
-    """The kernels for robots with these features: ``control_step`` (forward only), ``substep`` and ``mass_matrix``
-    (adjoint)."""
-    free_root, prismatic, ball, muscles = features.free_root, features.prismatic, features.ball, features.muscles
+def kernels(features: Features, lanes: int) -> SimpleNamespace:
+    """``control_step`` (forward only), ``substep`` and ``mass_matrix`` (for the adjoint) of robots with these features.
+
+    Arguments of all stages: g, the bundle of environments; t, its row of the scratch arrays.
+    """
+    a = algebra(lanes)
+    Scratch = scratch_struct(lanes)
+    Lane, Vec, Sym = a.Lane, a.Vec, a.Sym
+    free_root, prismatic, ball = features.free_root, features.prismatic, features.ball
+    muscles, turned_frames = features.muscles, features.turned_frames
     first = 1 if free_root else 0  # the free root is peeled off every loop over links
+    unit_x, unit_y, unit_z = wp.vec3(1.0, 0.0, 0.0), wp.vec3(0.0, 1.0, 0.0), wp.vec3(0.0, 0.0, 1.0)
+    options = {"cpu_compiler_flags": COMPILER_FLAGS}
 
     @wp.func
-    def kinematics(e: int, m: Model, q: wp.array2d(dtype=float), s: Scratch):
-        s.rot[e, 0] = wp.quat(0.0, 0.0, 0.0, 1.0)
-        s.pos[e, 0] = wp.vec3(0.0)
+    def kinematics(g: int, t: int, m: Model, q: wp.array2d(dtype=Lane), s: Scratch):
+        one = Lane(1.0)
+        zero = Lane(0.0)
+        s.rot[t, 0] = a.quat(zero, zero, zero, one)
+        s.pos[t, 0] = Vec()
         if wp.static(free_root):
-            s.pos[e, 1] = wp.vec3(q[e, 0], q[e, 1], q[e, 2])
-            s.rot[e, 1] = wp.quat(q[e, 3], q[e, 4], q[e, 5], q[e, 6])
-            s.com[e, 1] = s.pos[e, 1] + wp.quat_rotate(s.rot[e, 1], m.com[0])
+            s.pos[t, 1] = a.vec(q[g, 0], q[g, 1], q[g, 2])
+            s.rot[t, 1] = a.quat(q[g, 3], q[g, 4], q[g, 5], q[g, 6])
+            s.com[t, 1] = s.pos[t, 1] + a.rotate_point(s.rot[t, 1], m.com[0])
+            s.axis_w[t, 0] = a.vec(one, zero, zero)
+            s.axis_w[t, 1] = a.vec(zero, one, zero)
+            s.axis_w[t, 2] = a.vec(zero, zero, one)
+            s.axis_v[t, 3] = a.vec(one, zero, zero)
+            s.axis_v[t, 4] = a.vec(zero, one, zero)
+            s.axis_v[t, 5] = a.vec(zero, zero, one)
             for c in range(wp.static(3)):
-                unit = wp.vec3(0.0)
-                unit[c] = 1.0
-                s.axis_w[e, c] = unit
-                s.axis_v[e, c] = wp.vec3(0.0)
-                s.axis_w[e, 3 + c] = wp.vec3(0.0)
-                s.axis_v[e, 3 + c] = unit
-        for i in range(wp.static(first), m.parent.shape[0]):
+                s.axis_v[t, c] = Vec()
+                s.axis_w[t, 3 + c] = Vec()
+        for i in range(first, m.parent.shape[0]):
             k = i + 1
             j = m.q_start[i]
             d = m.qd_start[i]
             p = m.parent[i] + 1
-            rp = s.rot[e, p]
-            r = rp * m.frame_rot[i]
-            x = s.pos[e, p] + wp.quat_rotate(rp, m.frame_pos[i])
-            if wp.static(ball):
-                if m.joint_type[i] == wp.static(BALL):
-                    s.rot[e, k] = r * wp.quat(q[e, j], q[e, j + 1], q[e, j + 2], q[e, j + 3])
-                    axes = wp.quat_to_matrix(r)
-                    for c in range(3):
-                        b = wp.vec3(axes[0, c], axes[1, c], axes[2, c])
-                        s.axis_w[e, d + c] = b
-                        s.axis_v[e, d + c] = wp.cross(x, b)
-                else:
-                    a = wp.quat_rotate(r, m.axis[i])
-                    half = 0.5 * q[e, j]
-                    u = m.axis[i] * wp.sin(half)
-                    s.rot[e, k] = r * wp.quat(u[0], u[1], u[2], wp.cos(half))
-                    s.axis_w[e, d] = a
-                    s.axis_v[e, d] = wp.cross(x, a)
-                s.pos[e, k] = x
-            elif wp.static(prismatic):
-                ap = wp.quat_rotate(r, m.axis[i])
-                if m.joint_type[i] == wp.static(PRISMATIC):
-                    s.rot[e, k] = r
-                    s.pos[e, k] = x + ap * q[e, j]
-                    s.axis_w[e, d] = wp.vec3(0.0)
-                    s.axis_v[e, d] = ap
-                else:
-                    halfp = 0.5 * q[e, j]
-                    up = m.axis[i] * wp.sin(halfp)
-                    s.rot[e, k] = r * wp.quat(up[0], up[1], up[2], wp.cos(halfp))
-                    s.pos[e, k] = x
-                    s.axis_w[e, d] = ap
-                    s.axis_v[e, d] = wp.cross(x, ap)
+            s.pos[t, k] = s.pos[t, p]
+            if m.offset[i] > 0:
+                s.pos[t, k] = s.pos[t, k] + a.rotate_point(s.rot[t, p], m.frame_pos[i])
+            if wp.static(turned_frames):
+                s.frame[t, k] = a.product_constant(s.rot[t, p], m.frame_rot[i])
             else:
-                ar = wp.quat_rotate(r, m.axis[i])
-                halfr = 0.5 * q[e, j]
-                ur = m.axis[i] * wp.sin(halfr)
-                s.rot[e, k] = r * wp.quat(ur[0], ur[1], ur[2], wp.cos(halfr))
-                s.pos[e, k] = x
-                s.axis_w[e, d] = ar
-                s.axis_v[e, d] = wp.cross(x, ar)
+                s.frame[t, k] = s.rot[t, p]
+            if m.joint_type[i] == REVOLUTE:
+                s.axis_w[t, d] = a.rotate_point(s.frame[t, k], m.axis[i])
+                s.axis_v[t, d] = a.cross(s.pos[t, k], s.axis_w[t, d])
+                s.rot[t, k] = a.hinge(s.frame[t, k], m.axis[i], q[g, j])
+            if wp.static(ball):
+                if m.joint_type[i] == BALL:
+                    s.axis_w[t, d] = a.rotate_point(s.frame[t, k], unit_x)
+                    s.axis_w[t, d + 1] = a.rotate_point(s.frame[t, k], unit_y)
+                    s.axis_w[t, d + 2] = a.rotate_point(s.frame[t, k], unit_z)
+                    s.axis_v[t, d] = a.cross(s.pos[t, k], s.axis_w[t, d])
+                    s.axis_v[t, d + 1] = a.cross(s.pos[t, k], s.axis_w[t, d + 1])
+                    s.axis_v[t, d + 2] = a.cross(s.pos[t, k], s.axis_w[t, d + 2])
+                    turned = a.quat(q[g, j], q[g, j + 1], q[g, j + 2], q[g, j + 3])
+                    s.rot[t, k] = a.product(s.frame[t, k], turned)
+            if wp.static(prismatic):
+                if m.joint_type[i] == PRISMATIC:
+                    s.axis_w[t, d] = Vec()
+                    s.axis_v[t, d] = a.rotate_point(s.frame[t, k], m.axis[i])
+                    s.rot[t, k] = s.frame[t, k]
+                    s.pos[t, k] = s.pos[t, k] + a.scale(s.axis_v[t, d], q[g, j])
             if m.mass[i] > 0.0:
-                s.com[e, k] = s.pos[e, k] + wp.quat_rotate(s.rot[e, k], m.com[i])
+                s.com[t, k] = s.pos[t, k] + a.rotate_point(s.rot[t, k], m.com[i])
 
     @wp.func
-    def velocities(e: int, m: Model, qd: wp.array2d(dtype=float), s: Scratch):
-        zero = wp.vec3(0.0)
-        s.w[e, 0] = zero
-        s.v[e, 0] = zero
-        s.acc_w[e, 0] = zero
-        s.acc_v[e, 0] = zero
-        s.torque[e, 0] = zero
-        s.force[e, 0] = zero
+    def velocities(g: int, t: int, m: Model, qd: wp.array2d(dtype=Lane), s: Scratch):
+        s.w[t, 0] = Vec()
+        s.v[t, 0] = Vec()
+        s.acc_w[t, 0] = Vec()
+        s.acc_v[t, 0] = Vec()
         if wp.static(free_root):
-            s.w[e, 1] = wp.vec3(qd[e, 0], qd[e, 1], qd[e, 2])
-            s.v[e, 1] = wp.vec3(qd[e, 3], qd[e, 4], qd[e, 5])
-            s.acc_w[e, 1] = zero
-            s.acc_v[e, 1] = zero
-        for i in range(wp.static(first), m.parent.shape[0]):
+            s.w[t, 1] = a.vec(qd[g, 0], qd[g, 1], qd[g, 2])
+            s.v[t, 1] = a.vec(qd[g, 3], qd[g, 4], qd[g, 5])
+            s.acc_w[t, 1] = Vec()
+            s.acc_v[t, 1] = Vec()
+        for i in range(first, m.parent.shape[0]):
             k = i + 1
             d = m.qd_start[i]
             p = m.parent[i] + 1
+            s.joint_w[t, k] = a.scale(s.axis_w[t, d], qd[g, d])
+            s.joint_v[t, k] = a.scale(s.axis_v[t, d], qd[g, d])
             if wp.static(ball):
-                if m.joint_type[i] == wp.static(BALL):
-                    s.joint_w[e, k] = (
-                        s.axis_w[e, d] * qd[e, d]
-                        + s.axis_w[e, d + 1] * qd[e, d + 1]
-                        + s.axis_w[e, d + 2] * qd[e, d + 2]
+                if m.joint_type[i] == BALL:
+                    s.joint_w[t, k] = (
+                        s.joint_w[t, k]
+                        + a.scale(s.axis_w[t, d + 1], qd[g, d + 1])
+                        + a.scale(s.axis_w[t, d + 2], qd[g, d + 2])
                     )
-                    s.joint_v[e, k] = (
-                        s.axis_v[e, d] * qd[e, d]
-                        + s.axis_v[e, d + 1] * qd[e, d + 1]
-                        + s.axis_v[e, d + 2] * qd[e, d + 2]
+                    s.joint_v[t, k] = (
+                        s.joint_v[t, k]
+                        + a.scale(s.axis_v[t, d + 1], qd[g, d + 1])
+                        + a.scale(s.axis_v[t, d + 2], qd[g, d + 2])
                     )
-                else:
-                    s.joint_w[e, k] = s.axis_w[e, d] * qd[e, d]
-                    s.joint_v[e, k] = s.axis_v[e, d] * qd[e, d]
-            else:
-                s.joint_w[e, k] = s.axis_w[e, d] * qd[e, d]
-                s.joint_v[e, k] = s.axis_v[e, d] * qd[e, d]
-            jw = s.joint_w[e, k]
-            jv = s.joint_v[e, k]
-            w = s.w[e, p] + jw
-            v = s.v[e, p] + jv
-            s.w[e, k] = w
-            s.v[e, k] = v
-            s.acc_w[e, k] = s.acc_w[e, p] + wp.cross(w, jw)
-            s.acc_v[e, k] = s.acc_v[e, p] + wp.cross(v, jw) + wp.cross(w, jv)
+            jw = s.joint_w[t, k]
+            jv = s.joint_v[t, k]
+            w = s.w[t, p] + jw
+            v = s.v[t, p] + jv
+            s.w[t, k] = w
+            s.v[t, k] = v
+            s.acc_w[t, k] = s.acc_w[t, p] + a.cross(w, jw)
+            s.acc_v[t, k] = s.acc_v[t, p] + a.cross(v, jw) + a.cross(w, jv)
 
     @wp.func
-    def inertial_wrenches(e: int, m: Model, s: Scratch):
+    def inertial_wrenches(g: int, t: int, m: Model, s: Scratch):
         """I A + V x I V minus gravity, per link."""
-        zero = wp.vec3(0.0)
+        s.torque[t, 0] = Vec()
+        s.force[t, 0] = Vec()
         for i in range(m.parent.shape[0]):
             k = i + 1
             mass = m.mass[i]
@@ -237,293 +235,242 @@ def kernels(features: Features) -> SimpleNamespace:
                 if wp.static(ball):
                     # unnormalised ball quaternions (SNU resets) make the rotation non-orthogonal: Ad^T diag(I, m) Ad is
                     # then no rigid body's inertia and must be applied literally
-                    rm = wp.quat_to_matrix(s.rot[e, k])
-                    back = wp.transpose(rm)
-                    cb = back * s.com[e, k]
-                    wb = s.w[e, k]
-                    vb = s.v[e, k]
-                    wlb = back * wb
-                    al = back * s.acc_w[e, k]
-                    hb = (back * vb - wp.cross(cb, wlb)) * mass
-                    fb = (back * s.acc_v[e, k] - wp.cross(cb, al)) * mass
-                    momentum = rm * hb
-                    angular = rm * (m.inertia[i] * wlb + wp.cross(cb, hb))
-                    weight = m.gravity * mass
-                    s.torque[e, k] = (
-                        rm * (m.inertia[i] * al + wp.cross(cb, fb))
-                        + wp.cross(wb, angular)
-                        + wp.cross(vb, momentum)
-                        - wp.cross(s.com[e, k], weight)
+                    r = a.matrix(s.rot[t, k])
+                    com = a.transposed_times(r, s.com[t, k])
+                    omega = a.transposed_times(r, s.w[t, k])
+                    alpha = a.transposed_times(r, s.acc_w[t, k])
+                    local = (a.transposed_times(r, s.v[t, k]) - a.cross(com, omega)) * mass
+                    push = (a.transposed_times(r, s.acc_v[t, k]) - a.cross(com, alpha)) * mass
+                    momentum = a.times(r, local)
+                    angular = a.times(r, a.constant_times(m.inertia[i], omega) + a.cross(com, local))
+                    weight = a.shift(Vec(), m.gravity * mass)
+                    s.torque[t, k] = (
+                        a.times(r, a.constant_times(m.inertia[i], alpha) + a.cross(com, push))
+                        + a.cross(s.w[t, k], angular)
+                        + a.cross(s.v[t, k], momentum)
+                        - a.cross(s.com[t, k], weight)
                     )
-                    s.force[e, k] = rm * fb + wp.cross(wb, momentum) - weight
+                    s.force[t, k] = a.times(r, push) + a.cross(s.w[t, k], momentum) - weight
                 else:
-                    r = s.rot[e, k]
-                    c = s.com[e, k]
-                    w = s.w[e, k]
-                    aw = s.acc_w[e, k]
-                    wl = wp.quat_rotate_inv(r, w)
-                    h = (s.v[e, k] + wp.cross(w, c)) * mass  # momentum
-                    f = (s.acc_v[e, k] + wp.cross(aw, c) - m.gravity) * mass
-                    spin = wp.quat_rotate(
-                        r, m.inertia[i] * wp.quat_rotate_inv(r, aw) + wp.cross(wl, m.inertia[i] * wl)
+                    q = s.rot[t, k]
+                    c = s.com[t, k]
+                    w = s.w[t, k]
+                    aw = s.acc_w[t, k]
+                    spin = a.rotate_back(q, w)
+                    v = s.v[t, k] + a.cross(w, c)
+                    f = a.shift(s.acc_v[t, k] + a.cross(aw, c) + a.cross(w, v), -m.gravity) * mass
+                    couple = a.constant_times(m.inertia[i], a.rotate_back(q, aw)) + a.cross(
+                        spin, a.constant_times(m.inertia[i], spin)
                     )
-                    s.torque[e, k] = spin + wp.cross(c, f) + wp.cross(w, wp.cross(c, h)) + wp.cross(s.v[e, k], h)
-                    s.force[e, k] = f + wp.cross(w, h)
+                    s.torque[t, k] = a.rotate(q, couple) + a.cross(c, f)
+                    s.force[t, k] = f
             else:
-                s.torque[e, k] = zero
-                s.force[e, k] = zero
+                s.torque[t, k] = Vec()
+                s.force[t, k] = Vec()
 
     @wp.func
-    def contact_wrenches(e: int, m: Model, s: Scratch):
+    def contact_wrenches(g: int, t: int, m: Model, s: Scratch):
         for c in range(m.contact_link.shape[0]):
             k = m.contact_link[c] + 1
-            x = (
-                s.pos[e, k]
-                + wp.quat_rotate(s.rot[e, k], m.contact_point[c])
-                - wp.vec3(0.0, m.contact_radius[c], 0.0)
-            )
-            if x[1] < 0.0:
-                material = m.contact_material[c]
-                depth = -x[1]
-                u = s.v[e, k] + wp.cross(s.w[e, k], x)
-                slip = wp.vec3(u[0], 0.0, u[2])
-                normal = depth * (material[0] + material[1] * wp.max(-u[1], 0.0))
-                friction = wp.min(material[2] * wp.length(slip), material[3] * material[0] * depth)
-                f = wp.vec3(0.0, normal, 0.0) - wp.normalize(slip) * friction
-                s.torque[e, k] = s.torque[e, k] - wp.cross(x, f)
-                s.force[e, k] = s.force[e, k] - f
+            if a.near_ground(s.rot[t, k], s.pos[t, k], m.contact_point[c], m.contact_radius[c]) > 0:
+                arm = a.rotate_point(s.rot[t, k], m.contact_point[c])
+                x = a.shift(s.pos[t, k] + arm, wp.vec3(0.0, -m.contact_radius[c], 0.0))
+                u = s.v[t, k] + a.cross(s.w[t, k], x)
+                f = a.ground_force(x, u, m.contact_material[c])
+                s.torque[t, k] = s.torque[t, k] - a.cross(x, f)
+                s.force[t, k] = s.force[t, k] - f
 
     @wp.func
-    def muscle_wrenches(e: int, m: Model, tension: wp.array2d(dtype=float), s: Scratch):
-        for g in range(m.segment_muscle.shape[0]):
-            a = m.segment_links[g][0] + 1
-            b = m.segment_links[g][1] + 1
-            xa = s.pos[e, a] + wp.quat_rotate(s.rot[e, a], m.segment_start[g])
-            xb = s.pos[e, b] + wp.quat_rotate(s.rot[e, b], m.segment_end[g])
-            f = wp.normalize(xb - xa) * tension[e, m.segment_muscle[g]]
-            s.torque[e, a] = s.torque[e, a] - wp.cross(xa, f)
-            s.force[e, a] = s.force[e, a] - f
-            s.torque[e, b] = s.torque[e, b] + wp.cross(xb, f)
-            s.force[e, b] = s.force[e, b] + f
+    def muscle_wrenches(g: int, t: int, m: Model, tension: wp.array2d(dtype=Lane), s: Scratch):
+        for n in range(m.segment_muscle.shape[0]):
+            k = m.segment_links[n][0] + 1
+            h = m.segment_links[n][1] + 1
+            x = s.pos[t, k] + a.rotate_point(s.rot[t, k], m.segment_start[n])
+            y = s.pos[t, h] + a.rotate_point(s.rot[t, h], m.segment_end[n])
+            f = a.along(y - x, tension[g, m.segment_muscle[n]])
+            s.torque[t, k] = s.torque[t, k] - a.cross(x, f)
+            s.force[t, k] = s.force[t, k] - f
+            s.torque[t, h] = s.torque[t, h] + a.cross(y, f)
+            s.force[t, h] = s.force[t, h] + f
 
     @wp.func
     def generalized_forces(
-        e: int,
+        g: int,
+        t: int,
         m: Model,
-        q: wp.array2d(dtype=float),
-        qd: wp.array2d(dtype=float),
-        motor: wp.array2d(dtype=float),
+        q: wp.array2d(dtype=Lane),
+        qd: wp.array2d(dtype=Lane),
+        motor: wp.array2d(dtype=Lane),
         s: Scratch,
     ):
         n = m.parent.shape[0]
         for o in range(n):
             k = n - o
             p = m.parent[k - 1] + 1
-            s.torque[e, p] = s.torque[e, p] + s.torque[e, k]
-            s.force[e, p] = s.force[e, p] + s.force[e, k]
+            if p > 0:
+                s.torque[t, p] = s.torque[t, p] + s.torque[t, k]
+                s.force[t, p] = s.force[t, p] + s.force[t, k]
         for d in range(m.dof_link.shape[0]):
-            link = m.dof_link[d] + 1
-            x = q[e, m.dof_q[d]]
-            limit = m.limit_stiffness[d] * (wp.max(m.lower[d] - x, 0.0) - wp.max(x - m.upper[d], 0.0))
-            joint = motor[e, d] - m.stiffness[d] * (x - m.target[d]) - m.damping[d] * qd[e, d] + limit
-            s.tau[e, d] = joint - wp.dot(s.axis_w[e, d], s.torque[e, link]) - wp.dot(s.axis_v[e, d], s.force[e, link])
+            k = m.dof_link[d] + 1
+            bias = a.power(s.axis_w[t, d], s.torque[t, k], s.axis_v[t, d], s.force[t, k])
+            spring = a.spring_force(q[g, m.dof_q[d]], m.springs[d], m.limit_stiffness[d])
+            s.tau[t, d] = motor[g, d] + spring - qd[g, d] * m.damping[d] - bias
 
     @wp.func
-    def back_substitute(
-        e: int, m: Model, L: wp.array3d(dtype=float), b: wp.array2d(dtype=float), x: wp.array2d(dtype=float)
-    ):
-        n = m.dof_parent.shape[0]
-        for i in range(n):
-            x[e, i] = b[e, i]
-        for o in range(n):
-            i = n - 1 - o
-            j = m.dof_parent[i]
-            xi = x[e, i]
-            while j >= 0:
-                x[e, j] = x[e, j] - L[e, i, j] * xi
-                j = m.dof_parent[j]
-        for i in range(n):
-            acc = x[e, i] / L[e, i, i]
-            j = m.dof_parent[i]
-            while j >= 0:
-                acc = acc - L[e, i, j] * x[e, j]
-                j = m.dof_parent[j]
-            x[e, i] = acc
-
-    @wp.func
-    def solve(e: int, m: Model, L: wp.array3d(dtype=float), s: Scratch):
-        back_substitute(e, m, L, s.tau, s.qdd)
+    def solve(r: int, g: int, t: int, m: Model, L: wp.array3d(dtype=Lane), s: Scratch):
+        a.back_substitute(r, g, t, m.row, m.ancestor, L, s.tau, s.qdd)
 
     @wp.func_grad(solve)
-    def adj_solve(e: int, m: Model, L: wp.array3d(dtype=float), s: Scratch):
-        """x = H^-1 b:  b_bar += y, H_bar -= y x^T + x y^T (lower triangle), with y = H^-1 x_bar."""
-        back_substitute(e, m, L, s.qdd_grad, s.y)
-        for i in range(m.dof_parent.shape[0]):
-            s.qdd_grad[e, i] = 0.0
-            s.tau_grad[e, i] = s.tau_grad[e, i] + s.y[e, i]
-            s.H_grad[e, i, i] = s.H_grad[e, i, i] - s.y[e, i] * s.qdd[e, i]
-            j = m.dof_parent[i]
-            while j >= 0:
-                s.H_grad[e, i, j] = s.H_grad[e, i, j] - s.y[e, i] * s.qdd[e, j] - s.y[e, j] * s.qdd[e, i]
-                j = m.dof_parent[j]
+    def adj_solve(r: int, g: int, t: int, m: Model, L: wp.array3d(dtype=Lane), s: Scratch):
+        a.back_substitute(r, g, t, m.row, m.ancestor, L, s.qdd_grad, s.y)
+        a.spread_solve_gradient(g, t, m.row, m.ancestor, s.qdd, s.y, s.qdd_grad, s.tau_grad, s.H_grad)
 
     @wp.func
     def integrate(
-        e: int,
+        g: int,
+        t: int,
         m: Model,
         dt: float,
-        q: wp.array2d(dtype=float),
-        qd: wp.array2d(dtype=float),
+        q: wp.array2d(dtype=Lane),
+        qd: wp.array2d(dtype=Lane),
         s: Scratch,
-        q1: wp.array2d(dtype=float),
-        qd1: wp.array2d(dtype=float),
+        q1: wp.array2d(dtype=Lane),
+        qd1: wp.array2d(dtype=Lane),
     ):
-        for d in range(m.dof_parent.shape[0]):
-            qd1[e, d] = qd[e, d] + dt * s.qdd[e, d]
+        for d in range(m.dof_link.shape[0]):
+            qd1[g, d] = qd[g, d] + s.qdd[t, d] * dt
         if wp.static(free_root):
-            w = wp.vec3(qd1[e, 0], qd1[e, 1], qd1[e, 2])
-            v = wp.vec3(qd1[e, 3], qd1[e, 4], qd1[e, 5])
-            p = wp.vec3(q[e, 0], q[e, 1], q[e, 2])
-            r = wp.quat(q[e, 3], q[e, 4], q[e, 5], q[e, 6])
-            p1 = p + (v + wp.cross(w, p)) * dt
-            r1 = wp.normalize(r + wp.quat(w[0], w[1], w[2], 0.0) * r * (0.5 * dt))
-            for c in range(3):
-                q1[e, c] = p1[c]
-            for c in range(4):
-                q1[e, 3 + c] = r1[c]
-        for i in range(wp.static(first), m.parent.shape[0]):
+            w = a.vec(qd1[g, 0], qd1[g, 1], qd1[g, 2])
+            v = a.vec(qd1[g, 3], qd1[g, 4], qd1[g, 5])
+            p = a.vec(q[g, 0], q[g, 1], q[g, 2])
+            p1 = p + (v + a.cross(w, p)) * dt
+            r1 = a.turn(a.quat(q[g, 3], q[g, 4], q[g, 5], q[g, 6]), w, 0.5 * dt)
+            q1[g, 0] = p1[0]
+            q1[g, 1] = p1[1]
+            q1[g, 2] = p1[2]
+            q1[g, 3] = r1[0]
+            q1[g, 4] = r1[1]
+            q1[g, 5] = r1[2]
+            q1[g, 6] = r1[3]
+        for i in range(first, m.parent.shape[0]):
             j = m.q_start[i]
             d = m.qd_start[i]
+            if m.joint_type[i] != BALL:
+                q1[g, j] = q[g, j] + qd1[g, d] * dt
             if wp.static(ball):
-                if m.joint_type[i] == wp.static(BALL):
-                    rb = wp.quat(q[e, j], q[e, j + 1], q[e, j + 2], q[e, j + 3])
-                    rb1 = wp.normalize(
-                        rb + wp.quat(qd1[e, d], qd1[e, d + 1], qd1[e, d + 2], 0.0) * rb * (0.5 * dt)
-                    )
-                    for c in range(4):
-                        q1[e, j + c] = rb1[c]
-                else:
-                    q1[e, j] = q[e, j] + dt * qd1[e, d]
-            else:
-                q1[e, j] = q[e, j] + dt * qd1[e, d]
+                if m.joint_type[i] == BALL:
+                    rate = a.vec(qd1[g, d], qd1[g, d + 1], qd1[g, d + 2])
+                    b1 = a.turn(a.quat(q[g, j], q[g, j + 1], q[g, j + 2], q[g, j + 3]), rate, 0.5 * dt)
+                    q1[g, j] = b1[0]
+                    q1[g, j + 1] = b1[1]
+                    q1[g, j + 2] = b1[2]
+                    q1[g, j + 3] = b1[3]
 
     @wp.func
-    def composite_mass_matrix(e: int, m: Model, s: Scratch):
-        """Composite-rigid-body mass matrix plus armature, lower triangle of s.H; after kinematics()."""
+    def composite_mass_matrix(g: int, t: int, m: Model, s: Scratch):
+        """Composite-rigid-body mass matrix plus armature, packed in s.H; after kinematics()."""
         n = m.parent.shape[0]
-        zero = wp.mat33(0.0)
-        s.sum_I[e, 0] = zero
-        s.sum_C[e, 0] = zero
-        s.sum_M[e, 0] = zero
         for i in range(n):
             k = i + 1
             if m.mass[i] > 0.0:
-                r = wp.quat_to_matrix(s.rot[e, k])
-                back = wp.transpose(r)
-                arm = wp.skew(back * s.com[e, k])
-                s.sum_I[e, k] = r * (m.inertia[i] - arm * arm * m.mass[i]) * back
-                s.sum_C[e, k] = r * arm * back * m.mass[i]
-                s.sum_M[e, k] = r * back * m.mass[i]
+                r = a.matrix(s.rot[t, k])
+                com = a.transposed_times(r, s.com[t, k])
+                s.inertia[t, k] = a.congruence(r, a.parallel_axis(m.inertia[i], m.mass[i], com))
+                if wp.static(ball):
+                    s.moment[t, k] = a.cofactor_times(r, com) * m.mass[i]
+                    s.spread_mass[t, k] = a.congruence(r, a.parallel_axis(wp.identity(3, float), 0.0, com)) * m.mass[i]
+                else:
+                    s.moment[t, k] = s.com[t, k] * m.mass[i]
             else:
-                s.sum_I[e, k] = zero
-                s.sum_C[e, k] = zero
-                s.sum_M[e, k] = zero
+                s.inertia[t, k] = Sym()
+                s.moment[t, k] = Vec()
+                if wp.static(ball):
+                    s.spread_mass[t, k] = Sym()
         for o in range(n):
-            b = n - o
-            p = m.parent[b - 1] + 1
-            s.sum_I[e, p] = s.sum_I[e, p] + s.sum_I[e, b]
-            s.sum_C[e, p] = s.sum_C[e, p] + s.sum_C[e, b]
-            s.sum_M[e, p] = s.sum_M[e, p] + s.sum_M[e, b]
-        for pair in range(m.pair_dof.shape[0]):
-            d = m.pair_dof[pair]
-            a = m.pair_ancestor[pair]
-            k2 = m.dof_link[d] + 1
-            aw = s.axis_w[e, d]
-            av = s.axis_v[e, d]
-            torque = s.sum_I[e, k2] * aw + s.sum_C[e, k2] * av
-            force = wp.transpose(s.sum_C[e, k2]) * aw + s.sum_M[e, k2] * av
-            entry = wp.dot(s.axis_w[e, a], torque) + wp.dot(s.axis_v[e, a], force)
-            if a == d:
-                entry = entry + m.armature[d]
-            s.H[e, d, a] = entry
+            k = n - o
+            p = m.parent[k - 1] + 1
+            if p > 0:
+                s.inertia[t, p] = s.inertia[t, p] + s.inertia[t, k]
+                s.moment[t, p] = s.moment[t, p] + s.moment[t, k]
+                if wp.static(ball):
+                    s.spread_mass[t, p] = s.spread_mass[t, p] + s.spread_mass[t, k]
+        for d in range(m.dof_link.shape[0]):
+            k = m.dof_link[d] + 1
+            w = s.axis_w[t, d]
+            v = s.axis_v[t, d]
+            s.dof_torque[t, d] = a.symmetric_times(s.inertia[t, k], w) + a.cross(s.moment[t, k], v)
+            if wp.static(ball):
+                s.dof_force[t, d] = a.symmetric_times(s.spread_mass[t, k], v) - a.cross(s.moment[t, k], w)
+            else:
+                s.dof_force[t, d] = v * m.subtree_mass[m.dof_link[d]] - a.cross(s.moment[t, k], w)
+        for e in range(m.ancestor.shape[0]):
+            d = m.entry_dof[e]
+            b = m.ancestor[e]
+            entry = a.power(s.axis_w[t, b], s.dof_torque[t, d], s.axis_v[t, b], s.dof_force[t, d])
+            if b == d:
+                s.H[g, e] = entry + Lane(m.armature[d])
+            else:
+                s.H[g, e] = entry
 
-    @wp.func
-    def factorize(e: int, m: Model, H: wp.array3d(dtype=float), L: wp.array3d(dtype=float)):
-        """Sparse H = L^T D L along the tree (Featherstone, section 6.5); D sits on L's diagonal."""
-        n = m.dof_parent.shape[0]
-        for i in range(n):
-            L[e, i, i] = H[e, i, i]
-            j = m.dof_parent[i]
-            while j >= 0:
-                L[e, i, j] = H[e, i, j]
-                j = m.dof_parent[j]
-        for o in range(n):
-            k = n - 1 - o
-            i = m.dof_parent[k]
-            while i >= 0:
-                a = L[e, k, i] / L[e, k, k]
-                j = i
-                while j >= 0:
-                    L[e, i, j] = L[e, i, j] - L[e, k, j] * a
-                    j = m.dof_parent[j]
-                L[e, k, i] = a
-                i = m.dof_parent[i]
-
-    @wp.kernel(enable_backward=False, module="unique")
+    @wp.kernel(enable_backward=False, module="unique", module_options=options)
     def control_step(
         m: Model,
         dt: float,
         refresh: int,
-        q: wp.array3d(dtype=float),
-        qd: wp.array3d(dtype=float),
-        motor: wp.array2d(dtype=float),
-        tension: wp.array2d(dtype=float),
-        L: wp.array4d(dtype=float),
+        q: wp.array3d(dtype=Lane),
+        qd: wp.array3d(dtype=Lane),
+        motor: wp.array2d(dtype=Lane),
+        tension: wp.array2d(dtype=Lane),
+        L: wp.array3d(dtype=Lane),
         s: Scratch,
     ):
-        e = wp.tid()
+        g = wp.tid()
+        t = wp.min(g, s.tau.shape[0] - 1)
         for i in range(q.shape[0] - 1):
-            kinematics(e, m, q[i], s)
+            kinematics(g, t, m, q[i], s)
             if i % refresh == 0:
-                composite_mass_matrix(e, m, s)
-                factorize(e, m, s.H, L[i // refresh])
-            velocities(e, m, qd[i], s)
-            inertial_wrenches(e, m, s)
-            contact_wrenches(e, m, s)
+                composite_mass_matrix(g, t, m, s)
+                a.factorize(i // refresh, g, m.row, m.ancestor, s.H, L)
+            velocities(g, t, m, qd[i], s)
+            inertial_wrenches(g, t, m, s)
+            contact_wrenches(g, t, m, s)
             if wp.static(muscles):
-                muscle_wrenches(e, m, tension, s)
-            generalized_forces(e, m, q[i], qd[i], motor, s)
-            solve(e, m, L[i // refresh], s)
-            integrate(e, m, dt, q[i], qd[i], s, q[i + 1], qd[i + 1])
+                muscle_wrenches(g, t, m, tension, s)
+            generalized_forces(g, t, m, q[i], qd[i], motor, s)
+            solve(i // refresh, g, t, m, L, s)
+            integrate(g, t, m, dt, q[i], qd[i], s, q[i + 1], qd[i + 1])
 
-    @wp.kernel(module="unique")
+    @wp.kernel(module="unique", module_options=options)
     def substep(
         m: Model,
         dt: float,
-        q: wp.array2d(dtype=float),
-        qd: wp.array2d(dtype=float),
-        motor: wp.array2d(dtype=float),
-        tension: wp.array2d(dtype=float),
-        L: wp.array3d(dtype=float),
+        r: int,
+        q: wp.array2d(dtype=Lane),
+        qd: wp.array2d(dtype=Lane),
+        motor: wp.array2d(dtype=Lane),
+        tension: wp.array2d(dtype=Lane),
+        L: wp.array3d(dtype=Lane),
         s: Scratch,
-        q1: wp.array2d(dtype=float),
-        qd1: wp.array2d(dtype=float),
+        q1: wp.array2d(dtype=Lane),
+        qd1: wp.array2d(dtype=Lane),
     ):
-        e = wp.tid()
-        kinematics(e, m, q, s)
-        velocities(e, m, qd, s)
-        inertial_wrenches(e, m, s)
-        contact_wrenches(e, m, s)
+        g = wp.tid()
+        t = wp.min(g, s.tau.shape[0] - 1)
+        kinematics(g, t, m, q, s)
+        velocities(g, t, m, qd, s)
+        inertial_wrenches(g, t, m, s)
+        contact_wrenches(g, t, m, s)
         if wp.static(muscles):
-            muscle_wrenches(e, m, tension, s)
-        generalized_forces(e, m, q, qd, motor, s)
-        solve(e, m, L, s)
-        integrate(e, m, dt, q, qd, s, q1, qd1)
+            muscle_wrenches(g, t, m, tension, s)
+        generalized_forces(g, t, m, q, qd, motor, s)
+        solve(r, g, t, m, L, s)
+        integrate(g, t, m, dt, q, qd, s, q1, qd1)
 
-    @wp.kernel(module="unique")
-    def mass_matrix(m: Model, q: wp.array2d(dtype=float), s: Scratch):
-        e = wp.tid()
-        kinematics(e, m, q, s)
-        composite_mass_matrix(e, m, s)
+    @wp.kernel(module="unique", module_options=options)
+    def mass_matrix(m: Model, q: wp.array2d(dtype=Lane), s: Scratch):
+        g = wp.tid()
+        t = wp.min(g, s.tau.shape[0] - 1)
+        kinematics(g, t, m, q, s)
+        composite_mass_matrix(g, t, m, s)
 
     return SimpleNamespace(control_step=control_step, substep=substep, mass_matrix=mass_matrix)

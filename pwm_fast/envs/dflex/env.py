@@ -1,5 +1,7 @@
 """A batch of environments of one task, differentiable in torch from state and action to observation and reward."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,7 @@ LARGEST_STATE = 1e6  # beyond this the state counts as broken and the episode en
 
 
 def _finite_gradient(x: Tensor) -> Tensor:
-    """x, with NaN and infinite entries of its gradient replaced by 0 (friction's direction has unbounded
-    derivatives)."""
+    """x; NaN and infinite entries of its gradient become 0 (the direction of friction has unbounded derivatives)."""
     if x.requires_grad:
         x = x.view_as(x)  # a hook on the caller's own tensor would outlive this step
         x.register_hook(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0))
@@ -22,30 +23,26 @@ def _finite_gradient(x: Tensor) -> Tensor:
 class DifferentiableEnv:
     """``num_envs`` copies of a task.
 
-    ``step(action)`` clips action [N, A] to [-1, 1], simulates 1/60 s and returns ``obs [N, S], reward [N],
-    terminated [N],
-    truncated [N], info``. The reward is that of the observation before the step. Finished environments (fallen, or
-    1000 steps
-    old) are reset at once: ``obs`` then is the first of the next episode and ``info["final_obs"]`` the last of the
-    old one.
-    A state that stops being finite (or exceeds 1e6) ends its episode as terminated; its ``final_obs`` repeats the
-    last sane one.
+    ``step(action)`` clips action [N, A] to [-1, 1], simulates 1/60 s and returns ``obs [N, S], reward [N], terminated
+    [N], truncated [N], info``. The reward is that of the observation before the step. Finished environments (fallen, or
+    1000 steps old) are reset at once: ``obs`` then is the first of the next episode and ``info["final_obs"]`` the last
+    of the old one (``info["final_q"]``: its joint_q). A state that stops being finite, or exceeds 1e6, ends its episode
+    as terminated; its ``final_obs`` repeats the last sane one.
 
-    Gradients flow when grad mode is on and the action or the state requires them; ``initialize_trajectory()`` keeps
-    the state
-    and cuts the graph. Otherwise nothing is saved for backward.
+    Gradients flow when grad mode is on and the action or the state requires them; ``initialize_trajectory()`` keeps the
+    state and cuts the graph. Otherwise nothing is saved for backward.
 
-    ``action_in_obs``: whether the observation's last entries show the action just applied (Ant, Humanoid, ANYmal).
-    None reproduces dflex: shown only where no graph is recorded, else 0. Pass True to get the same observations
-    either way.
-    ``recentre``: simulate relative to each robot's own place; the same dynamics, but float32 keeps its digits far
-    from the origin.
+    ``action_in_obs``: whether the observation's last entries show the action just applied (Ant, Humanoid, ANYmal). None
+    reproduces dflex: shown only where no graph is recorded, else 0. Pass True or False to get the same either way.
+    ``recentre``: simulate relative to each robot's own place; the same dynamics, but float32 keeps its digits far from
+    the origin.
     """
 
-    q: Tensor
-    qd: Tensor
-    action: Tensor
-    obs: Tensor
+    q: Tensor  # [N, nq]
+    qd: Tensor  # [N, nqd]
+    action: Tensor  # [N, A] the last one, clipped
+    progress: Tensor  # [N] steps since the episode began
+    obs: Tensor  # [N, S]
 
     def __init__(
         self,
@@ -70,8 +67,9 @@ class DifferentiableEnv:
         self.action_in_obs, self.recentre = action_in_obs, recentre
         self.generator = torch.Generator().manual_seed(seed)
         self._start_q = torch.from_numpy(self.model.start_q)
-        self._torque = torch.tensor(self.task.torque, dtype=torch.float32)
-        self._tension = torch.from_numpy(self.model.tension)
+        # torque of each joint, or tension of each muscle, at action 1
+        torque, tension = torch.tensor(self.task.torque), torch.from_numpy(self.model.tension)
+        self._full_command = tension if len(tension) else torque
         self.reset()
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -82,8 +80,7 @@ class DifferentiableEnv:
         return self.obs
 
     def set_state(self, joint_q: Tensor, joint_qd: Tensor) -> Tensor:
-        """Put the robots at joint_q [N, nq], joint_qd [N, nqd] at the start of an episode (last action 0); obs [N,
-        S]."""
+        """Put the robots at joint_q [N, nq], joint_qd [N, nqd], at the start of an episode; obs [N, S]."""
         expected = {"joint_q": (self.num_envs, self.model.nq), "joint_qd": (self.num_envs, self.model.nqd)}
         for (name, shape), value in zip(expected.items(), (joint_q, joint_qd)):
             if tuple(value.shape) != shape:
@@ -109,8 +106,7 @@ class DifferentiableEnv:
         return {**kept, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue exactly where state_dict() was taken. Raises ValueError if it belongs to another task or batch
-        size."""
+        """Continue exactly where state_dict() was taken. Raises ValueError for another task's or batch size's."""
         for name in ("q", "qd", "action", "progress", "obs"):
             expected, got = tuple(getattr(self, name).shape), tuple(state[name].shape)
             if expected != got:
@@ -136,9 +132,9 @@ class DifferentiableEnv:
         """One control step; see the class. Raises ValueError for a wrong shape or non-finite actions."""
         if tuple(action.shape) != (self.num_envs, self.action_dim):
             raise ValueError(f"action must have shape {(self.num_envs, self.action_dim)}, got {tuple(action.shape)}")
-        bad = ~torch.isfinite(action.detach()).all(-1)
-        if bad.any():
-            raise ValueError(f"action is not finite in environments {bad.nonzero()[:, 0].tolist()[:8]}")
+        if not math.isfinite(float(action.detach().sum())):
+            bad = (~torch.isfinite(action.detach()).all(-1)).nonzero()[:, 0].tolist()
+            raise ValueError(f"action must be finite; it is not in environments {bad[:8]}")
         action = action.float().clip(-1.0, 1.0)
         q, qd = self.q, self.qd
         recording = torch.is_grad_enabled() and (q.requires_grad or qd.requires_grad or action.requires_grad)
@@ -152,42 +148,31 @@ class DifferentiableEnv:
         self.obs = final_obs = self._observe(recording)
         with torch.no_grad():
             broken = self._broken()
-            terminated = (self.task.terminated(final_obs) | broken) if self.early_termination else broken
+            terminated = (
+                self.task.terminated(final_obs)
+                if self.early_termination
+                else torch.zeros_like(self.progress, dtype=torch.bool)
+            )
             truncated = self.progress > self.episode_length - 1
+            if broken is not None:
+                terminated = terminated | broken
+                final_obs = torch.where(broken[:, None], sane_obs, final_obs)
             done = terminated | truncated
-            any_done, any_broken = bool(done.any()), bool(broken.any())
-        if any_broken:
-            final_obs = torch.where(broken[:, None], sane_obs, final_obs)
+            any_done = bool(done.any())
         final_q = self.q.detach()
         if any_done:
             rows = done.nonzero()[:, 0]
             self.restart_rows(rows, *self._start_states(len(rows)), recording)
         return self.obs, reward, terminated, truncated, {"final_obs": final_obs, "final_q": final_q}
 
-    def _drive(self, action: Tensor) -> dict[str, Tensor]:
-        """Motor torques [N, nqd] or muscle tensions [N, M] of an action."""
-        if len(self._tension):
-            return {"tension": action * self._tension}
-        return {"motor": torch.nn.functional.pad(action * self._torque, (self.model.nqd - self.action_dim, 0))}
-
     def _simulate(self, q: Tensor, qd: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        drive = self._drive(action)
-        if not self.recentre:
-            return self.simulator.step(q, qd, **drive)
-        origin = torch.zeros(self.num_envs, 3)
-        if not self.model.has_free_root:  # Hopper: a slide along x
-            shift = torch.nn.functional.pad(q.detach()[:, :1], (0, self.model.nq - 1))
-            q1, qd1 = self.simulator.step(q - shift, qd, **drive)
-            return q1 + shift, qd1
-        # not right after a reset: with SNU's unnormalised quaternions the dynamics depend on the origin
-        origin[:, 0::2] = q.detach()[:, 0:3:2] * (self.progress > 0)[:, None]
-        shift = torch.nn.functional.pad(origin, (0, self.model.nq - 3))
-
-        def arm(rates: Tensor) -> Tensor:  # the twist's linear part changes by omega x origin
-            return torch.nn.functional.pad(torch.linalg.cross(rates[:, :3], origin), (3, self.model.nqd - 6))
-
-        q1, qd1 = self.simulator.step(q - shift, qd + arm(qd), **drive)
-        return q1 + shift, qd1 - arm(qd1)
+        origin = None
+        if self.recentre:
+            origin = q.detach()[:, 0:3:2] if self.model.has_free_root else q.detach()[:, :1]
+            if self.model.has_ball_joints:
+                # not right after a reset: with SNU's unnormalised quaternions the dynamics depend on the origin
+                origin = origin * (self.progress > 0)[:, None]
+        return self.simulator.step(q, qd, action * self._full_command, origin)
 
     def restart_rows(self, rows: Tensor, q: Tensor, qd: Tensor, recording: bool = False) -> None:
         """Put the environments ``rows`` [n] at q [n, nq], qd [n, nqd], at the start of an episode; cuts their graph."""
@@ -201,7 +186,9 @@ class DifferentiableEnv:
         shown = self.action_in_obs if self.action_in_obs is not None else not recording
         return self.task.observe(self.q, self.qd, self.action if shown else torch.zeros_like(self.action))
 
-    def _broken(self) -> Tensor:
-        """bool [N]: the state is no longer finite, or beyond all reason."""
-        largest = torch.maximum(self.q.detach().abs().amax(-1), self.qd.detach().abs().amax(-1))
-        return ~(largest <= LARGEST_STATE)  # NaN fails every comparison
+    def _broken(self) -> Tensor | None:
+        """bool [N]: the state is no longer finite, or beyond all reason; None if that is so nowhere."""
+        extremes = (*torch.aminmax(self.q.detach()), *torch.aminmax(self.qd.detach()))
+        if all(abs(float(x)) <= LARGEST_STATE for x in extremes):  # NaN fails every comparison
+            return None
+        return ~(torch.cat([self.q.detach(), self.qd.detach()], -1).abs().amax(-1) <= LARGEST_STATE)

@@ -1,8 +1,7 @@
 """Robots as tables: links, joints, inertia, ground contacts and muscles, read from ``pwm_fast/assets/dflex/*.npz``.
 
-Links on fixed joints are welded to their nearest moving ancestor when a model is loaded (ANYmal: 76 links become
-13), so the
-dynamics know prismatic, revolute and ball joints and one free joint at the root.
+Links on fixed joints are welded to their nearest moving ancestor when a model is loaded (ANYmal: 76 links become 13),
+so the dynamics know prismatic, revolute and ball joints and one free joint at the root.
 
 Conventions: transforms are (x, y, z, qx, qy, qz, qw); the world is y-up; lengths in m, masses in kg, angles in rad.
 """
@@ -59,8 +58,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class RobotModel:
-    """One robot. Arrays are float32 or int32; [L] links, [D] degrees of freedom, [C] contact points, [Q]
-    coordinates."""
+    """One robot, in float32 and int32; [L] links, [D] degrees of freedom, [C] contact points, [Q] coordinates."""
 
     name: str
     joint_type: np.ndarray  # [L]
@@ -218,8 +216,7 @@ def muscle_segments(tables: dict[str, np.ndarray]) -> Segments:
 
 
 def build_model(tables: dict[str, np.ndarray], name: str) -> RobotModel:
-    """A RobotModel from raw tables (keys as in the shipped files). Raises ModelError on tables that describe no
-    robot."""
+    """A RobotModel from raw tables (keys as in the shipped files). Raises ModelError if they describe no robot."""
     t = merge_fixed_links(_validated(tables, name))
     kind, parent = t["joint_type"], t["joint_parent"]
     q_start = np.concatenate([[0], np.cumsum(NUM_Q[kind])]).astype(np.int32)

@@ -1,13 +1,13 @@
-"""The five tasks: a table row each (model, substeps, torque per unit action, ...) plus observation, reward,
-termination and reset.
+"""The five tasks: a table row each (model, substeps, torques, ...) plus observation, reward, termination and reset.
 
 Rewards follow the code behind the published scores, not the paper's table 2, and are functions of the observation
-*before* the
-step. Quaternions are (x, y, z, w); the world is y-up; qd of a free root is its world-origin twist (omega, v).
+*before* the step. Quaternions are (x, y, z, w); the world is y-up; qd of a free root is its twist (omega, v) about the
+world's origin.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,10 +37,20 @@ def uniform(n: int, width: int, spread: float, generator: torch.Generator) -> Te
     return spread * (torch.rand(n, width, generator=generator) - 0.5)
 
 
+@cache
+def attitude_forms(start_rotation: tuple[float, float, float, float]) -> tuple[Tensor, Tensor]:
+    """Quadratic forms [4, 12] and offsets [3] of a quaternion r: with r' = r conj(start_rotation), the y component of
+    the up axis, and the x and z components of the forward axis, are r^T F r + offset."""
+    x0, y0, z0, w0 = start_rotation
+    x, y, z, w = torch.tensor([[w0, -z0, y0, -x0], [z0, w0, -x0, -y0], [-y0, x0, w0, -z0], [x0, y0, z0, w0]])
+    outer = torch.outer
+    forms = [outer(w, w) + outer(y, y), outer(w, w) + outer(x, x), outer(x, z) - outer(w, y)]
+    return 2.0 * torch.cat(forms, 1), torch.tensor([-1.0, -1.0, 0.0])
+
+
 @dataclass(frozen=True)
 class DflexTask:
-    """A row of the table. ``torque``: N m per unit action on each of the last ``action_dim`` joints; empty: driven
-    by muscles."""
+    """A row of the table. ``torque``: N m at action 1 on each of the last ``action_dim`` joints; empty: has muscles."""
 
     name: str
     title: str
@@ -106,21 +116,14 @@ class Walker(DflexTask):
     target: float = 10000.0  # x of the point to walk to, m
 
     def observe(self, q, qd, shown_action):
-        p, omega = q[:, :3], qd[:, :3]
-        x0, y0, z0, w0 = self.start_rotation
-        qx, qy, qz, qw = q[:, 3:7].unbind(-1)
-        # rotation relative to the start pose, r * conj(s0)
-        x = qx * w0 - qw * x0 - qy * z0 + qz * y0
-        y = qy * w0 - qw * y0 - qz * x0 + qx * z0
-        z = qz * w0 - qw * z0 - qx * y0 + qy * x0
-        w = qw * w0 + qx * x0 + qy * y0 + qz * z0
-        scale = 2.0 * w * w - 1.0
-        up = scale + 2.0 * y * y
-        to_x, to_z = self.target - p[:, 0], -p[:, 2]
-        forward_x, forward_z = scale + 2.0 * x * x, 2.0 * (x * z - w * y)
-        heading = (forward_x * to_x + forward_z * to_z) / torch.sqrt(to_x * to_x + to_z * to_z)
+        p, r, omega = q[:, :3], q[:, 3:7], qd[:, :3]
+        forms, offset = attitude_forms(self.start_rotation)
+        attitude = ((r @ forms).view(-1, 3, 4) * r[:, None]).sum(-1) + offset
+        up, forward = attitude[:, :1], attitude[:, 1:]
+        to = -p[:, 0:3:2] + torch.tensor([self.target, 0.0])
+        heading = (forward * torch.nn.functional.normalize(to)).sum(-1, keepdim=True)
         velocity = qd[:, 3:6] + torch.linalg.cross(omega, p)
-        parts = [p[:, 1:2], q[:, 3:7], velocity, omega, q[:, 7:], 0.1 * qd[:, 6:], torch.stack([up, heading], -1)]
+        parts = [p[:, 1:2], r, velocity, omega, q[:, 7:], 0.1 * qd[:, 6:], up, heading]
         return torch.cat([*parts, shown_action] if self.action_obs else parts, -1)
 
     def add_noise(self, q, qd, generator):

@@ -1,0 +1,9 @@
+"""`recorded.py` is shared by the tests here. One thread for torch: the batches are small, the simulator has its own."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
