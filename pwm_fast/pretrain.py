@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pwm_fast import backend
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
 from pwm_fast.errors import positive, run_command
-from pwm_fast.learning.pretraining import PretrainingConfig, StoreTraining
+from pwm_fast.learning.pretraining import PRESETS, StoreTraining
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.progress import Interrupt, Progress, resume_command
 from pwm_fast.run_folder import RunFolder, latest_path, new_path, versions
@@ -39,10 +39,12 @@ class Options:
     """World-model size: 1M, 5M, 19M, 48M, 317M."""
     steps: int = 10_000
     """Gradient steps."""
-    batch_size: int = 256
-    """Windows per step."""
-    horizon: int = 16
-    """Transitions per window."""
+    latent: Literal["observation", "simnorm"] = "observation"
+    """Latent state: the normalised observation with residual dynamics, or TD-MPC2's learned one."""
+    batch_size: int | None = None
+    """Windows per step (default: 1024 for observation, 256 for simnorm)."""
+    horizon: int | None = None
+    """Transitions per window (default: 1 for observation, 16 for simnorm)."""
     out: Path | None = None
     """Folder to write (default: runs/pretrain-TASK)."""
     resume: bool = False
@@ -57,7 +59,8 @@ class Options:
 
 def main(options: Options) -> int:
     for name in ("steps", "batch_size", "horizon", "checkpoint_minutes"):
-        positive(name, getattr(options, name))
+        if getattr(options, name) is not None:
+            positive(name, getattr(options, name))
     task = registry.get(options.task)
     if options.threads is not None:
         positive("threads", options.threads)
@@ -72,9 +75,15 @@ def main(options: Options) -> int:
         )
     torch.manual_seed(options.seed)
     architecture = WorldModelConfig.of_size(
-        options.size, task.obs_dim, task.action_dim, termination_dim=TERMINATION_DIM
+        options.size, task.obs_dim, task.action_dim, options.latent, termination_dim=TERMINATION_DIM
     )
-    config = PretrainingConfig(steps=options.steps, batch_size=options.batch_size, horizon=options.horizon)
+    usual = PRESETS[options.latent]
+    config = replace(
+        usual,
+        steps=options.steps,
+        batch_size=options.batch_size or usual.batch_size,
+        horizon=options.horizon or usual.horizon,
+    )
     model = WorldModel(architecture)
     with RunFolder(out, resume=options.resume) as folder:
         recorded = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
@@ -121,11 +130,12 @@ def _run(training: StoreTraining, folder: RunFolder, options: Options, task: str
 
 def provenance(task: str, options: Options, training: StoreTraining, store: EpisodeStore) -> dict[str, Any]:
     """What a reader of the model file should know of its making."""
+    config = training.pretraining.config
     returns = np.asarray(training.statistics["returns"])
     return {
         "task": task,
-        "command": f"python -m pwm_fast.pretrain --task {task} --size {options.size} --steps {options.steps} "
-        f"--batch-size {options.batch_size} --horizon {options.horizon} --seed {options.seed}",
+        "command": f"python -m pwm_fast.pretrain --task {task} --size {options.size} --latent {options.latent} "
+        f"--steps {options.steps} --batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}",
         "data": {
             "episodes": store.num_episodes,
             "transitions": store.num_transitions,

@@ -319,8 +319,10 @@ class Extraction:
             "encoder_units": [s.weight.shape[0] for s in self._frozen.encoder[:-1]],
             "actor_units": list(self.config.actor_units),
             "simnorm_dim": w.simnorm_dim,
-            "architecture": "encoder: Linear-LayerNorm-Mish, last Linear-LayerNorm-SimNorm; "
-            "actor: Linear-Mish-LayerNorm, last Linear, tanh",
+            "latent": w.latent,
+            "architecture": "encoder: "
+            + ("Linear; " if w.residual else "Linear-LayerNorm-Mish, last Linear-LayerNorm-SimNorm; ")
+            + "actor: Linear-Mish-LayerNorm, last Linear, tanh",
             "normalisation": "observations are raw; their mean and standard deviation are folded into encoder.0",
             "steps": int(self.iteration),
             "versions": {"torch": torch.__version__},

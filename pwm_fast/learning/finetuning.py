@@ -8,7 +8,7 @@ data. The best policy by real return is kept, and imagined reward is compared wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.pretraining import Pretraining, PretrainingConfig, Windows
+from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
@@ -35,7 +35,7 @@ class RoundConfig:
 
     extraction_steps: int = 40
     model_steps: int = 60
-    model_batch_size: int = 128
+    model_batch_size: int | None = None  # windows; None: as in pre-training
     model_lr: float = 3e-4
     encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
     evaluation_episodes: int = 16
@@ -84,19 +84,19 @@ class ExtractionRounds:
         self._fresh_starts: list[WindowSampler] = []
         self._fresh: WindowSampler | None = None
         self._kept: list[list[int]] = []  # by round: episodes of the replay store that this run wrote
-        horizon = extraction.config.horizon
-        self._old = WindowSampler(data, horizon, seed=seed, partial=True)
+        usual = PRESETS[world_model.config.latent]
         self._model = Pretraining(
             world_model,
-            PretrainingConfig(
+            replace(
+                usual,
                 steps=10**9,
-                batch_size=config.model_batch_size,
-                horizon=horizon,
+                batch_size=config.model_batch_size or usual.batch_size,
                 learning_rate=config.model_lr,
                 encoder_lr_scale=config.encoder_lr_scale,
             ),
             self._model_batch,
         )
+        self._old = WindowSampler(data, usual.horizon, seed=seed, partial=True)
 
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
@@ -218,7 +218,7 @@ class ExtractionRounds:
         return np.stack(rows)
 
     def _model_batch(self, step: int) -> Windows:
-        batch = self.config.model_batch_size
+        batch = self._model.config.batch_size
         new = int(batch * self.config.new_windows) if self._fresh is not None else 0
         parts = [self._old.windows(step, batch - new)] if batch > new else []
         if self._fresh is not None and new:
@@ -241,7 +241,7 @@ class ExtractionRounds:
     def _open_replay(self) -> None:
         store = EpisodeStore.open(self.replay_path)
         recent = [i for kept in self._kept[-self.config.recent_rounds :] for i in kept]
-        horizon = self.extraction.config.horizon
+        horizon = self._model.config.horizon
         self._fresh_starts = [WindowSampler(store, 1, recent, seed=s + 1) for s in self.extraction.seeds]
         if store.num_rows > horizon:
             self._fresh = WindowSampler(store, horizon, recent, seed=self.seed + 1, partial=True)

@@ -63,7 +63,8 @@ class Imagination:
             latents[:, h], inputs[h, ..., :z_dim] = z, z
             samples.append(actor.forward(z, noise[:, h]))
             inputs[h, ..., z_dim:] = samples[h].action
-            z, saved = self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))
+            change, saved = self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))
+            z = z + change if self.config.residual else change
             dynamics.append(saved)
         latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
         logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
@@ -108,7 +109,7 @@ class Imagination:
                 self.dynamics.input_gradient(dz, rollout.dynamics[h], work.part("dynamics gradient"))
             )
             d_action[:, h] = d_input[..., z_dim:]
-            dz = d_input[..., :z_dim]
+            dz = dz + d_input[..., :z_dim] if self.config.residual else d_input[..., :z_dim]
             if not detach_actor_input:
                 dz = dz + actor.input_gradient(d_action[:, h], rollout.actor[h])
         rows = horizon * batch

@@ -221,4 +221,3 @@ def extract_policies(
             job.run(report)
             out[task] = job.rounds.best()
     return out
-

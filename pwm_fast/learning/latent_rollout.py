@@ -19,13 +19,25 @@ from pwm_fast.models.world_model import WorldModel
 def latent_rollout(model: WorldModel, z: Tensor, control: Tensor) -> Tensor:
     """Latents [H+1, B, Z] from z [B, Z] under controls [H, B, E+A]; differentiable in z, control and the dynamics."""
     layers: nn.ModuleList = model._dynamics
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias, layer.ln.weight, layer.ln.bias)]
-    return _LatentRollout.apply(z, control, model.config.simnorm_dim, *parameters)
+    parameters: list[Tensor | None] = []
+    for layer in layers:
+        ln = getattr(layer, "ln", None)
+        parameters += [layer.weight, layer.bias, *((None, None) if ln is None else (ln.weight, ln.bias))]
+    step = (model.step_mean, model.step_std) if model.config.residual else (None, None)
+    return _LatentRollout.apply(z, control, model.config.simnorm_dim, *step, *parameters)
 
 
 class _LatentRollout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, control: Tensor, simnorm_dim: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        control: Tensor,
+        simnorm_dim: int,
+        step_mean: Tensor | None,
+        step_std: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
         horizon, batch = control.shape[:2]
         depth = len(parameters) // 4
         layers = [parameters[4 * i : 4 * i + 4] for i in range(depth)]
@@ -40,6 +52,9 @@ class _LatentRollout(torch.autograd.Function):
             for i, (weight, bias, ln_weight, ln_bias) in enumerate(layers):
                 inputs[i][h, :, : x.shape[1]] = x
                 torch.addmm(bias, inputs[i][h], weight.T, out=linear[i][h])
+                if ln_weight is None:  # the residual step of normalised observations
+                    x = torch.addcmul(out[h] + step_mean, linear[i][h], step_std)
+                    continue
                 rows, ln = linear[i][h][None], (ln_weight[None], ln_bias[None])
                 if i + 1 < depth:
                     y, mean, rstd = layernorm_mish.forward(rows, *ln)
@@ -49,25 +64,32 @@ class _LatentRollout(torch.autograd.Function):
                 x = y[0]
             out[h + 1] = x
         ctx.simnorm_dim, ctx.depth = simnorm_dim, depth
-        ctx.save_for_backward(out, *parameters, *inputs, *linear, *statistics)
+        ctx.save_for_backward(out, step_std, *parameters, *inputs, *linear, *statistics)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, *saved = ctx.saved_tensors
+        out, step_std, *saved = ctx.saved_tensors
         depth = ctx.depth
         parameters, saved = saved[: 4 * depth], saved[4 * depth :]
         inputs, linear, statistics = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
         horizon, latent = len(out) - 1, out.shape[2]
         d_linear = [torch.empty_like(x) for x in linear]
-        d_norm = [[torch.zeros_like(p) for p in parameters[4 * i + 2 : 4 * i + 4]] for i in range(depth)]
+        d_norm = [
+            [None if p is None else torch.zeros_like(p) for p in parameters[4 * i + 2 : 4 * i + 4]]
+            for i in range(depth)
+        ]
         d_control = grad.new_empty(horizon, out.shape[1], inputs[0].shape[2] - latent)
         dz = grad[horizon]
         for h in reversed(range(horizon)):
             dx = dz
             for i in reversed(range(depth)):
                 weight, _, ln_weight, ln_bias = parameters[4 * i : 4 * i + 4]
+                if ln_weight is None:
+                    d_linear[i][h] = dx * step_std
+                    dx = d_linear[i][h] @ weight
+                    continue
                 rows, mean, rstd = linear[i][h][None], statistics[i][0, h][None], statistics[i][1, h][None]
                 ln = (ln_weight[None], ln_bias[None])
                 if i + 1 < depth:
@@ -80,9 +102,9 @@ class _LatentRollout(torch.autograd.Function):
                 d_norm[i][1] += db[0]
                 dx = d[0] @ weight
             d_control[h] = dx[:, latent:]
-            dz = grad[h] + dx[:, :latent]
-        gradients: list[Tensor] = []
+            dz = grad[h] + dx[:, :latent] if step_std is None else grad[h] + dx[:, :latent] + dz
+        gradients: list[Tensor | None] = []
         for i in range(depth):
             rows = d_linear[i].flatten(0, 1)
             gradients += [rows.T @ inputs[i].flatten(0, 1), rows.sum(0), *d_norm[i]]
-        return (dz, d_control, None, *gradients)
+        return (dz, d_control, None, None, None, *gradients)

@@ -11,7 +11,7 @@ from rich.console import Console
 from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
-from pwm_fast.learning.pretraining import PretrainingConfig, StoreTraining
+from pwm_fast.learning.pretraining import PRESETS, StoreTraining
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.progress import Interrupt, Progress
 from pwm_fast.run_folder import versions
@@ -45,8 +45,10 @@ def prepare(task: str, minutes: float, size: str, seed: int, threads: int | None
     store = EpisodeStore.open(data)
     left = max(60 * minutes - (time.monotonic() - started), 0.3 * 60 * minutes)
     torch.manual_seed(seed)
-    model = WorldModel(WorldModelConfig.of_size(size, row.obs_dim, row.action_dim, termination_dim=TERMINATION_DIM))
-    training = StoreTraining(store, model, PretrainingConfig(batch_size=128), seed)
+    model = WorldModel(
+        WorldModelConfig.of_size(size, row.obs_dim, row.action_dim, "observation", termination_dim=TERMINATION_DIM)
+    )
+    training = StoreTraining(store, model, PRESETS[model.config.latent], seed)
     steps = pretrain_for(training, left, f"world model of {task}", console)
     returns = training.statistics["returns"]
     model.provenance = {

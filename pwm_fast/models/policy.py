@@ -153,17 +153,20 @@ class Policy:
         out: dict[str, Any] = {f"actor.{name}": value for name, value in self._actor.parameters.tensors(0).items()}
         for i, layer in enumerate(self._encoder_layers):
             out[f"encoder.{i}.weight"], out[f"encoder.{i}.bias"] = layer.weight, layer.bias[0]
-            out[f"encoder.{i}.ln.weight"], out[f"encoder.{i}.ln.bias"] = layer.ln_weight, layer.ln_bias
+            if layer.ln_weight is not None:
+                out[f"encoder.{i}.ln.weight"], out[f"encoder.{i}.ln.bias"] = layer.ln_weight, layer.ln_bias
         return {name: value.detach().clone().contiguous() for name, value in out.items()}
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor], description: dict[str, Any]) -> Policy:
         """The inverse of `tensors`; raises ValueError on missing, unknown or wrongly shaped ones."""
         widths = [description["obs_dim"], *description["encoder_units"], description["latent_dim"]]
+        normed = description.get("latent", "simnorm") == "simnorm"
+        vectors = ("bias", "ln.weight", "ln.bias") if normed else ("bias",)
         expected: dict[str, tuple[int, ...]] = {}
         for i, (inputs, outputs) in enumerate(pairwise(widths)):
             expected[f"encoder.{i}.weight"] = (outputs, inputs)
-            expected |= {f"encoder.{i}.{name}": (outputs,) for name in ("bias", "ln.weight", "ln.bias")}
+            expected |= {f"encoder.{i}.{name}": (outputs,) for name in vectors}
         for name, shape in expected.items():
             if name not in tensors:
                 raise ValueError(f"missing parameters: {name}")
@@ -174,11 +177,10 @@ class Policy:
             raise ValueError(f"unknown parameters: {', '.join(strange)}")
         layers = []
         for i in range(len(widths) - 1):
-            weight, bias, gain, shift = (
-                tensors[f"encoder.{i}.{name}"] for name in ("weight", "bias", "ln.weight", "ln.bias")
-            )
+            weight, bias, *ln = (tensors[f"encoder.{i}.{name}"] for name in ("weight", *vectors))
             last = i == len(widths) - 2
-            layers.append(FrozenLayer(weight, bias[None], "simnorm" if last else "mish", gain, shift))
+            activation = ("simnorm" if last else "mish") if normed else "none"
+            layers.append(FrozenLayer(weight, bias[None], activation, *ln))
         first = layers[0].weight
         units = tuple(description["actor_units"])
         actor = Actor([0], description["latent_dim"], description["action_dim"], units, first.dtype, first.device)

@@ -3,6 +3,10 @@
 Every hidden layer is Linear -> LayerNorm -> Mish; encoder and dynamics end in Linear -> LayerNorm -> SimNorm. Inputs
 are concatenated as [obs, e], [z, e, a] and [z, e] with e the task embedding. Parameter names are TD-MPC2's without its
 `state.` level, so its state dicts load by renaming.
+
+A second kind of latent state, `latent="observation"`, is the normalised observation itself, with no encoder to learn;
+the dynamics predict its change. Where observations are compact states, as in the dflex tasks, that is learned in a
+small part of the time, derivatives included: see `bench/test_gradients.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pwm_fast.models.sizes import size as size_row
 from pwm_fast.state_files import replacing
 
 FORMAT = "pwm_fast.world_model.1"
+LATENTS = ("simnorm", "observation")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class WorldModelConfig:
 
     `num_bins` = 1 gives a scalar reward head. The reward is `reward_scale * g(softmax(logits) . linspace(vmin, vmax))`
     with g the identity, or symexp where `reward_symlog` is set. `termination_dim` is the width of the termination
-    head, 0 for none; `num_tasks` = 0 means a single task without embedding.
+    head, 0 for none; `num_tasks` = 0 means a single task without embedding. `latent` is "simnorm" (TD-MPC2's), or
+    "observation": z is the normalised observation and z' = z + step_mean + step_std * dynamics(z, a).
     """
 
     obs_dim: int
@@ -49,20 +55,41 @@ class WorldModelConfig:
     simnorm_dim: int = 8
     reward_symlog: bool = False
     termination_dim: int = 0
+    latent: str = "simnorm"
 
     def __post_init__(self) -> None:
-        for name in ("obs_dim", "action_dim", "latent_dim", "mlp_dim", "encoder_dim", "encoder_layers", "num_bins"):
+        if self.latent not in LATENTS:
+            raise ValueError(f"latent must be one of {', '.join(LATENTS)}, got {self.latent!r}")
+        encoder = () if self.residual else ("encoder_dim", "encoder_layers")
+        for name in ("obs_dim", "action_dim", "latent_dim", "mlp_dim", "num_bins", *encoder):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.latent_dim % self.simnorm_dim:
+        if self.residual and (self.latent_dim, self.encoder_layers) != (self.obs_dim, 0):
+            raise ValueError(
+                f"latent 'observation' needs latent_dim = obs_dim = {self.obs_dim} and no encoder layers, got "
+                f"{self.latent_dim} and {self.encoder_layers}"
+            )
+        if not self.residual and self.latent_dim % self.simnorm_dim:
             raise ValueError(f"latent_dim must be a multiple of simnorm_dim {self.simnorm_dim}, got {self.latent_dim}")
         if bool(self.num_tasks) != bool(self.task_dim):
             raise ValueError(f"num_tasks {self.num_tasks} and task_dim {self.task_dim} must both be 0 or both be > 0")
 
+    @property
+    def residual(self) -> bool:
+        """Whether the dynamics predict the change of the latent state."""
+        return self.latent == "observation"
+
     @staticmethod
-    def of_size(name: str, obs_dim: int, action_dim: int, **options: Any) -> WorldModelConfig:
-        """The configuration of a named size (`pwm_fast.models.sizes`)."""
+    def of_size(name: str, obs_dim: int, action_dim: int, latent: str = "simnorm", **options: Any) -> WorldModelConfig:
+        """The configuration of a named size (`pwm_fast.models.sizes`).
+
+        Of an "observation" model the size gives the heads' width; its reward head is scalar, for two-hot bins are made
+        for rewards of unknown scale.
+        """
         row = size_row(name)
+        if latent == "observation":
+            options = {"num_bins": 1, **options}
+            return WorldModelConfig(obs_dim, action_dim, obs_dim, row.mlp_dim, 0, 0, latent=latent, **options)
         return WorldModelConfig(
             obs_dim, action_dim, row.latent_dim, row.mlp_dim, row.encoder_dim, row.encoder_layers, **options
         )
@@ -98,12 +125,16 @@ class WorldModel(nn.Module):
     obs_mean: Tensor
     obs_std: Tensor
     reward_scale: Tensor
+    step_mean: Tensor  # of residual dynamics: mean and deviation of a step's change of z
+    step_std: Tensor
 
     def __init__(self, config: WorldModelConfig, provenance: dict[str, Any] | None = None):
         super().__init__()
         c = self.config = config
         self.provenance = dict(provenance or {})
-        widths = [c.obs_dim + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1) + [c.latent_dim]
+        widths = []
+        if not c.residual:
+            widths = [c.obs_dim + c.task_dim] + [c.encoder_dim] * max(c.encoder_layers - 1, 1) + [c.latent_dim]
         last = len(widths) - 2
         self._encoder = nn.ModuleList(
             NormedLinear(a, b, c.simnorm_dim if i == last else 0) for i, (a, b) in enumerate(pairwise(widths))
@@ -113,7 +144,9 @@ class WorldModel(nn.Module):
             [
                 NormedLinear(step_input, c.mlp_dim),
                 NormedLinear(c.mlp_dim, c.mlp_dim),
-                NormedLinear(c.mlp_dim, c.latent_dim, c.simnorm_dim),
+                nn.Linear(c.mlp_dim, c.latent_dim)
+                if c.residual
+                else NormedLinear(c.mlp_dim, c.latent_dim, c.simnorm_dim),
             ]
         )
         self._reward = _head(step_input, c.mlp_dim, c.num_bins)
@@ -122,6 +155,9 @@ class WorldModel(nn.Module):
         self.register_buffer("obs_mean", torch.zeros(c.obs_dim))
         self.register_buffer("obs_std", torch.ones(c.obs_dim))
         self.register_buffer("reward_scale", torch.ones(()))
+        if c.residual:
+            self.register_buffer("step_mean", torch.zeros(c.latent_dim))
+            self.register_buffer("step_std", torch.ones(c.latent_dim))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -169,7 +205,10 @@ class WorldModel(nn.Module):
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """z [..., Z] of raw observations [..., S]."""
-        x = self._join([(obs - self.obs_mean) / self.obs_std], task)
+        x = (obs - self.obs_mean) / self.obs_std
+        if self.config.residual:
+            return x
+        x = self._join([x], task)
         for layer in self._encoder:
             x = layer(x)
         return x
@@ -179,7 +218,7 @@ class WorldModel(nn.Module):
         x = self._join([z, action], task)
         for layer in self._dynamics:
             x = layer(x)
-        return x
+        return z + self.step_mean + self.step_std * x if self.config.residual else x
 
     def reward_logits(self, z: Tensor, action: Tensor, task: Tensor | None = None) -> Tensor:
         """[..., num_bins] logits over the reward bins (the scaled reward itself where num_bins = 1)."""
@@ -273,7 +312,7 @@ class FrozenWorldModel:
     """The world model as extraction uses it: four lists of `FrozenLayer`, inputs [obs], [z, a], [z, a] and [z].
 
     For a fixed task W_e e + b is a constant, so the embedding becomes a bias per policy; observation statistics fold
-    into the first encoder layer (W / std, b - W mean / std).
+    into the first encoder layer (W / std, b - W mean / std). Residual dynamics (`config.residual`) give z's change.
     """
 
     def __init__(self, model: WorldModel, task: Tensor | None = None):
@@ -282,14 +321,20 @@ class FrozenWorldModel:
             raise ValueError(f"task indices needed: {model._task_emb is not None}, given: {task is not None}")
         with torch.no_grad():
             e = None if task is None else model.task_embedding(task)  # [P, E]
-            self.encoder = self._fold(model._encoder, c.obs_dim, e)
-            first = self.encoder[0]
-            weight = first.weight / model.obs_std
-            shift = weight @ model.obs_mean
-            self.encoder[0] = FrozenLayer(weight, first.bias - shift, "mish", first.ln_weight, first.ln_bias)
-            if len(self.encoder) == 1:
-                raise ValueError("an encoder needs at least 2 layers")
             self.dynamics = self._fold(model._dynamics, c.latent_dim, e)
+            if c.residual:
+                scale = 1 / model.obs_std
+                self.encoder = [FrozenLayer(torch.diag(scale), -(model.obs_mean * scale)[None], "none")]
+                last, std = self.dynamics[-1], model.step_std
+                self.dynamics[-1] = FrozenLayer(last.weight * std[:, None], last.bias * std + model.step_mean, "none")
+            else:
+                self.encoder = self._fold(model._encoder, c.obs_dim, e)
+                first = self.encoder[0]
+                weight = first.weight / model.obs_std
+                shift = weight @ model.obs_mean
+                self.encoder[0] = FrozenLayer(weight, first.bias - shift, "mish", first.ln_weight, first.ln_bias)
+                if len(self.encoder) == 1:
+                    raise ValueError("an encoder needs at least 2 layers")
             self.reward = self._fold(model._reward, c.latent_dim, e)
             self.termination = None if model._termination is None else self._fold(model._termination, c.latent_dim, e)
             self.reward_scale = model.reward_scale.detach().clone()

@@ -58,10 +58,12 @@ class NaiveWorldModel:
         return x
 
     def encode(self, obs: Tensor) -> Tensor:
-        return self._run(self.model._encoder, self._input((obs - self.model.obs_mean) / self.model.obs_std))
+        x = (obs - self.model.obs_mean) / self.model.obs_std
+        return x if self.config.residual else self._run(self.model._encoder, self._input(x))
 
     def next(self, z: Tensor, action: Tensor) -> Tensor:
-        return self._run(self.model._dynamics, self._input(z, action))
+        x = self._run(self.model._dynamics, self._input(z, action))
+        return z + self.model.step_mean + self.model.step_std * x if self.config.residual else x
 
     def reward(self, z: Tensor, action: Tensor) -> Tensor:
         c = self.config

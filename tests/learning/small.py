@@ -14,16 +14,20 @@ OBS_DIM, ACTION_DIM, TASKS = 7, 3, 4
 SMALL = {"horizon": 5, "batch_size": 6, "actor_units": (12, 9), "critic_units": (13, 7), "critic_epochs": 2}
 
 
-def world_model(seed: int = 0, dtype: torch.dtype = torch.float64, tasks: int = TASKS, **options: Any) -> WorldModel:
+def world_model(
+    seed: int = 0, dtype: torch.dtype = torch.float64, tasks: int = TASKS, latent: str = "simnorm", **options: Any
+) -> WorldModel:
     """A world model with every parameter random, so that no gradient is zero by its initialisation."""
     generator = torch.Generator().manual_seed(seed)
+    residual = latent == "observation"
     config = WorldModelConfig(
         OBS_DIM,
         ACTION_DIM,
-        latent_dim=16,
+        latent_dim=OBS_DIM if residual else 16,
         mlp_dim=24,
         encoder_dim=20,
-        encoder_layers=2,
+        encoder_layers=0 if residual else 2,
+        latent=latent,
         num_tasks=tasks,
         task_dim=5 if tasks else 0,
         **options,
@@ -32,7 +36,7 @@ def world_model(seed: int = 0, dtype: torch.dtype = torch.float64, tasks: int = 
     with torch.no_grad():
         for name, value in model.state_dict().items():
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            if "ln.weight" in name or name in ("obs_std", "reward_scale"):
+            if "ln.weight" in name or name in ("obs_std", "reward_scale", "step_std"):
                 value.copy_(1 + 0.1 * noise)
             else:
                 value.copy_(0.4 * noise)

@@ -107,6 +107,8 @@ VARIANTS = {
     "scalar-reward-head": {"model": {"num_bins": 1}},
     "symlog-reward": {"model": {"reward_symlog": True, "vmin": -2.0, "vmax": 2.0}},
     "no-task-embedding": {"model": {"tasks": 0}},
+    "observation-latents": {"model": {"latent": "observation", "num_bins": 1}},
+    "observation-latents-not-detached": {"detach_actor_input": False, "model": {"latent": "observation"}},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.imagination import Rollout
+from pwm_fast.models.world_model import LATENTS
 
 
 def imagine(ext: Extraction) -> Rollout:
@@ -22,12 +23,13 @@ def imagine(ext: Extraction) -> Rollout:
     return ext.imagination.rollout(ext.actor, start_obs(ext), noise)
 
 
+@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize(
     "of", ["reward", "continues", "last_latent"], ids=lambda name: f"gradient-of-{name.replace('_', '-')}"
 )
-def test_gradient_by_central_differences(of: str) -> None:
+def test_gradient_by_central_differences(of: str, latent: str) -> None:
     """Directional derivatives of a random linear function of rewards, continuations or z_H, policy by policy."""
-    model = world_model(termination_dim=11)
+    model = world_model(termination_dim=11, latent=latent)
     ext = extraction(model, policies=2, terminations=True, detach_actor_input=False)
     rollout, generator = imagine(ext), torch.Generator().manual_seed(6)
 
@@ -62,8 +64,9 @@ def test_gradient_by_central_differences(of: str) -> None:
         assert actual == pytest.approx(expected, rel=1e-6)
 
 
-def test_rollout_is_the_world_model_step_by_step() -> None:
-    model = world_model(termination_dim=11)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_rollout_is_the_world_model_step_by_step(latent: str) -> None:
+    model = world_model(termination_dim=11, latent=latent)
     ext = extraction(model, policies=3, terminations=True)
     rollout, tasks = imagine(ext), torch.tensor([0, 1, 2])[:, None]
     with torch.no_grad():
@@ -84,9 +87,10 @@ def test_no_gradient_reaches_the_world_model() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_observation_statistics_are_part_of_the_model() -> None:
+@pytest.mark.parametrize("latent", LATENTS)
+def test_observation_statistics_are_part_of_the_model(latent: str) -> None:
     """Raw observations go in; folding mean and standard deviation into the first layer changes nothing."""
-    model = world_model()
+    model = world_model(latent=latent)
     ext = extraction(model)
     obs = torch.randn(1, ext.config.batch_size, OBS_DIM, dtype=torch.float64)
     z = ext.imagination.encoder.forward(obs)[0]

@@ -1,5 +1,7 @@
 """World-model learning: the loss by its definition, learning something, exact resume, validation numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
 from pwm_fast.kernels import two_hot
 from pwm_fast.learning.pretraining import (
+    PRESETS,
     Pretraining,
     PretrainingConfig,
     StoreTraining,
@@ -16,13 +19,14 @@ from pwm_fast.learning.pretraining import (
     loss_terms,
     validate,
 )
-from pwm_fast.models.world_model import WorldModel, WorldModelConfig
+from pwm_fast.models.world_model import LATENTS, WorldModel, WorldModelConfig
 from pwm_fast.state_files import load_state, save_state
 
 
-def model(seed: int = 0, **options) -> WorldModel:
+def model(seed: int = 0, latent: str = "simnorm", **options) -> WorldModel:
     torch.manual_seed(seed)
-    return WorldModel(WorldModelConfig(4, 2, 16, 32, 32, 2, **options))
+    widths = (4, 2, 16, 32, 32, 2) if latent == "simnorm" else (4, 2, 4, 32, 0, 0)
+    return WorldModel(WorldModelConfig(*widths, latent=latent, **options))
 
 
 def windows(horizon: int = 4, batch: int = 3) -> Windows:
@@ -51,11 +55,16 @@ def store(tmp_path) -> EpisodeStore:
     return EpisodeStore.open(tmp_path / "store")
 
 
-def test_the_loss_is_equation_10():
-    m, w, c = model(termination_dim=8).double(), windows(), PretrainingConfig(horizon=4)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_the_loss_is_equation_10(latent):
+    m, w, c = model(latent=latent, termination_dim=8).double(), windows(), PretrainingConfig(horizon=4)
+    unit = torch.ones(m.config.latent_dim).double()
     with torch.no_grad():
         for p in m.parameters():
             p.normal_(0, 0.4)
+        if m.config.residual:  # errors count in units of a step's change
+            m.step_mean.normal_(0, 0.2)
+            unit = m.step_std.uniform_(0.8, 1.5)
     consistency = reward = ended = 0.0
     z = m.encode(w.obs[0])
     for h in range(4):
@@ -64,7 +73,7 @@ def test_the_loss_is_equation_10():
         goal = two_hot.encode(w.reward[h], 101, -10, 10)
         reward += weight * -(goal * torch.log_softmax(logits, -1)).sum(-1).mean()
         z = m.next(z, w.action[h])
-        consistency += weight * F.mse_loss(z, m.encode(w.obs[h + 1]).detach())
+        consistency += weight * F.mse_loss(z / unit, m.encode(w.obs[h + 1]).detach() / unit)
         logit = m.termination_logit(z)
         ended += weight * F.binary_cross_entropy_with_logits(logit, w.terminated[h])
     total = c.consistency_coef * consistency + c.reward_coef * reward + c.termination_coef * ended
@@ -95,13 +104,38 @@ def test_learning_beats_the_mean_on_held_out_episodes(store):
     with torch.no_grad():  # the published small initial weights cost a thousand steps on a plateau
         for layer in [*m._encoder, *m._dynamics, *m._reward[:-1]]:
             layer.weight.normal_(0, layer.in_features**-0.5)
-    training = StoreTraining(store, m, config, seed=0)
+    training = StoreTraining(store, m, config, seed=0, validation_horizon=8)
     before = training.validate()
     for _ in range(300):
         training.pretraining.step()
     after = training.validate()
     assert after["return_r2"] > 0.5 > before["return_r2"]  # 0.76 when measured; 0 is the mean's
     assert after["latent_error"] < 0.9 < before["latent_error"]  # 0.77 when measured; 1 is the mean's
+
+
+def test_residual_dynamics_learn_a_linear_system_almost_exactly(store):
+    m = model(latent="observation", num_bins=1)
+    training = StoreTraining(store, m, replace(PRESETS["observation"], steps=400, batch_size=256), validation_horizon=8)
+    moved = m.step_std.clone()
+    for _ in range(400):
+        training.pretraining.step()
+    assert torch.equal(m.step_std, moved) and (moved < 0.5).all()
+    after = training.validate()
+    assert after["latent_error"] < 0.02 and after["return_r2"] > 0.98
+
+
+def test_errors_far_outside_a_step_give_no_gradient():
+    m, w = model(latent="observation").double(), windows()
+    w.obs[1, 0] += 1e4
+    config = PretrainingConfig(horizon=1, reward_coef=0.0)
+    one = Windows(w.obs[:2], w.action[:1], w.reward[:1], w.terminated[:1])
+    loss_terms(m, one, config)["total"].backward()
+    alone = [p.grad.clone() for p in m._dynamics.parameters()]
+    m.zero_grad()
+    others = Windows(w.obs[:2, 1:], w.action[:1, 1:], w.reward[:1, 1:], w.terminated[:1, 1:])
+    loss_terms(m, others, config)["total"].backward()
+    for with_outlier, p in zip(alone, m._dynamics.parameters()):
+        torch.testing.assert_close(with_outlier * 3 / 2, p.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_resume_through_a_file_is_exact(store, tmp_path):

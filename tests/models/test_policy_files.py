@@ -11,12 +11,13 @@ import torch
 from small import OBS_DIM, extraction, start_obs, world_model
 
 from pwm_fast.models.policy import DESCRIPTION_FILE, WEIGHTS_FILE, Actor, Policy
+from pwm_fast.models.world_model import LATENTS
 
 
-@pytest.fixture
-def policy() -> Policy:
+@pytest.fixture(params=LATENTS)
+def policy(request: pytest.FixtureRequest) -> Policy:
     """The second of two policies after one step, in float32."""
-    ext = extraction(world_model(dtype=torch.float32), policies=2)
+    ext = extraction(world_model(dtype=torch.float32, latent=request.param), policies=2)
     ext.step(start_obs(ext))
     return ext.policies()[1]
 

@@ -4,18 +4,22 @@ import pytest
 import torch
 
 from pwm_fast.models.sizes import SIZES
-from pwm_fast.models.world_model import WorldModel, WorldModelConfig
+from pwm_fast.models.world_model import LATENTS, WorldModel, WorldModelConfig
 
 
-def model(**options) -> WorldModel:
+def model(latent: str = "simnorm", **options) -> WorldModel:
     torch.manual_seed(1)
-    made = WorldModel(WorldModelConfig(7, 3, 16, 24, 20, 2, **options))
+    widths = (7, 3, 16, 24, 20, 2) if latent == "simnorm" else (7, 3, 7, 24, 0, 0)
+    made = WorldModel(WorldModelConfig(*widths, latent=latent, **options))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.4)
         made.obs_mean.normal_()
         made.obs_std.uniform_(0.5, 2.0)
         made.reward_scale.fill_(1.7)
+        if made.config.residual:
+            made.step_mean.normal_()
+            made.step_std.uniform_(0.5, 2.0)
     return made.double()
 
 
@@ -32,9 +36,10 @@ def frozen_forward(layers, x, group):
     return x
 
 
+@pytest.mark.parametrize("latent", LATENTS)
 @pytest.mark.parametrize("tasks", [0, 4])
-def test_frozen_layers_compute_what_the_model_computes(tasks):
-    m = model(num_tasks=tasks, task_dim=5 if tasks else 0, termination_dim=8)
+def test_frozen_layers_compute_what_the_model_computes(tasks, latent):
+    m = model(latent, num_tasks=tasks, task_dim=5 if tasks else 0, termination_dim=8)
     task = torch.tensor([2]) if tasks else None
     index = torch.full((6,), 2) if tasks else None
     obs, action = torch.randn(6, 7).double() * 3, torch.rand(6, 3).double()
@@ -42,7 +47,8 @@ def test_frozen_layers_compute_what_the_model_computes(tasks):
     z = m.encode(obs, index)
     torch.testing.assert_close(frozen_forward(frozen.encoder, obs, 8), z, rtol=1e-10, atol=1e-12)
     za = torch.cat([z, action], -1)
-    torch.testing.assert_close(frozen_forward(frozen.dynamics, za, 8), m.next(z, action, index), rtol=1e-10, atol=1e-12)
+    after = frozen_forward(frozen.dynamics, za, 8) + (z if m.config.residual else 0)
+    torch.testing.assert_close(after, m.next(z, action, index), rtol=1e-10, atol=1e-12)
     logits = m.reward_logits(z, action, index)
     torch.testing.assert_close(frozen_forward(frozen.reward, za, 8), logits, rtol=1e-10, atol=1e-12)
     ended = m.termination_logit(z, index)
@@ -129,6 +135,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         ({"latent_dim": 12}, "multiple of simnorm_dim 8, got 12"),
         ({"obs_dim": 0}, "obs_dim must be >= 1, got 0"),
         ({"num_tasks": 3}, "must both be 0 or both be > 0"),
+        ({"latent": "pixels"}, "latent must be one of simnorm, observation, got 'pixels'"),
+        ({"latent": "observation"}, "latent_dim = obs_dim = 7 and no encoder layers, got 16 and 2"),
     ],
 )
 def test_impossible_configurations_are_refused(options, message):
