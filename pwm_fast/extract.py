@@ -134,7 +134,7 @@ def extract(options: Options, name: str) -> Path:
             rounds = options.rounds if options.finetune else replace(options.rounds, model_steps=0)
             seconds = None if minutes is None else 60 * minutes
             job = make_job(
-                name, model, data, seeds, Budget(options.steps, seconds), folder.file("replay"), setting, rounds,
+                name, model, data, seeds, Budget(options.steps, seconds), setting, rounds,
                 options.seed, options.threads, options.start,
             )  # fmt: skip
             state = folder.load_checkpoint() if options.resume else None

@@ -45,9 +45,9 @@ def test_extract_leaves_a_run_that_evaluate_reproduces(
     tmp_path: Path, tiny_world_model: Path, tiny_store: Path, call, capsys
 ):
     options = {"--task": "hopper", "--world-model": tiny_world_model, "--data": tiny_store, "--out": tmp_path / "run"}
-    options |= {"--seeds": 2, "--steps": 6, "--start": "scratch", "--rounds.extraction-steps": 3}
-    options |= {"--rounds.model-steps": 1, "--rounds.model-batch-size": 8}
-    options |= {"--rounds.evaluation-episodes": 2, "--rounds.exploration-transitions": 64}
+    options |= {"--seeds": 2, "--steps": 6, "--start": "scratch", "--rounds.cycles": 3}
+    options |= {"--rounds.model-steps": 1, "--rounds.model-batch-size": 8, "--rounds.warm-up-steps": 20}
+    options |= {"--rounds.evaluation-episodes": 2, "--rounds.practice-envs": 8, "--rounds.capacity": 400}
     assert call("extract", *(part for pair in options.items() for part in pair)) == 0
     shown = capsys.readouterr().out
     for name in ("policy.safetensors", "summary.json", "metrics.csv", "curve.png", "rollout.gif"):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from pwm_fast.state_files import load_state
 
 COMMANDS = ("extract", "pretrain")
-ROUNDS = ["--rounds.extraction-steps", "10", "--rounds.model-steps", "2", "--rounds.model-batch-size", "8"]
+ROUNDS = ["--rounds.cycles", "5", "--rounds.extraction-steps", "2", "--rounds.model-steps", "1"]
+ROUNDS += ["--rounds.model-batch-size", "8", "--rounds.practice-envs", "8", "--rounds.practice-steps", "16"]
+ROUNDS += ["--rounds.warm-up-steps", "20", "--rounds.capacity", "400", "--rounds.evaluation-episodes", "2"]
 ROUNDS += ["--start", "scratch"]
-ROUNDS += ["--rounds.evaluation-episodes", "2", "--rounds.exploration-transitions", "64"]
 SMALL = {"extract": ["--steps", "10", *ROUNDS], "pretrain": ["--size", "1M", "--steps", "2", "--batch-size", "8"]}
 LONG = {
     "extract": ["--steps", "50", "--seeds", "2", *ROUNDS],

@@ -1,8 +1,7 @@
 """Gymnasium fronts of the dflex tasks: a VectorEnv that steps the whole batch at once, and a single environment.
 
 Autoreset is Gymnasium's *next-step* mode: the step that ends an episode returns its last observation; the following
-``step``
-ignores that environment's action and returns the first observation of a new episode with reward 0.
+``step`` ignores that environment's action and returns the first observation of a new episode with reward 0.
 """
 
 from typing import Any
@@ -92,6 +91,16 @@ class DflexVectorEnv(VectorEnv):
         fell, timed_out = terminated.numpy() & ~pending, truncated.numpy() & ~pending
         self._pending = fell | timed_out
         return obs.numpy(), reward.numpy(), fell, timed_out, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later exact continuation needs, random numbers included."""
+        pending, final_q = torch.from_numpy(self._pending.copy()), self._final_q.clone()
+        return {"simulation": self.simulation.state_dict(), "pending": pending, "final_q": final_q}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where state_dict() was taken. Raises ValueError for another task's or batch size's."""
+        self.simulation.load_state_dict(state["simulation"])
+        self._pending, self._final_q = state["pending"].numpy().copy(), state["final_q"].clone()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One RGB picture per environment."""

@@ -73,7 +73,7 @@ class ExtractionConfig:
 PRESETS = {
     "paper": ExtractionConfig(),
     "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
-    "fast": ExtractionConfig(terminations=True, critic_epochs=2),
+    "fast": ExtractionConfig(terminations=True, critic_epochs=2, detach_actor_input=False),
 }
 
 
@@ -162,9 +162,35 @@ class Extraction:
             noise = counter_noise.normal(self._seeds, self.iteration, counter_noise.ACTION_NOISE, shape, self._dtype)
         with fast_matmul(self._dtype, self._device):
             self.actor.clamp_log_std(c.min_log_std)
-            rollout = self.imagination.rollout(self.actor, obs, noise)
-            metrics, next_values = self.update_actor(rollout)
-            metrics |= self.update_critic(rollout, self.targets(rollout, next_values))
+            return self._learn(self.imagination.rollout(self.actor, obs, noise))
+
+    @torch.no_grad()
+    def step_along(
+        self, obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, valid: Tensor
+    ) -> dict[str, Tensor]:
+        """One gradient step along the policies' own real trajectories (`Imagination.along`); metrics as of `step`.
+
+        obs [H+1, P, B, S], action [H, P, B, A]; reward, terminated and valid (before the episode's end) [H, P, B].
+        """
+        c = self.config
+        expected = (c.horizon + 1, self.policies_count, c.batch_size, self.world_config.obs_dim)
+        if tuple(obs.shape) != expected:
+            raise ValueError(f"windows must have observations [H+1, P, B, S] = {expected}, got {tuple(obs.shape)}")
+        with fast_matmul(self._dtype, self._device):
+            self.actor.clamp_log_std(c.min_log_std)
+            obs, action, reward, terminated = (
+                x.to(self._device, self._dtype) for x in (obs, action, reward, terminated)
+            )
+            rollout = self.imagination.along(self.actor, obs, action, reward, 1 - terminated)
+            return self._learn(rollout, valid.to(self._device))
+
+    def _learn(self, rollout: Rollout, valid: Tensor | None = None) -> dict[str, Tensor]:
+        """Update actors and critics from a rollout; where `valid` [H, P, B] is false critics have nothing to learn."""
+        metrics, next_values = self.update_actor(rollout)
+        targets = self.targets(rollout, next_values)
+        if valid is not None:  # what lies beyond an episode's end keeps its value
+            targets[1:] = torch.where(valid[1:], targets[1:], next_values[:-1])
+        metrics |= self.update_critic(rollout, targets)
         self.iteration += 1
         return metrics
 

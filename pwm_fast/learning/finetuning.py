@@ -1,15 +1,17 @@
-"""Extraction in rounds: imagine, look at reality, learn from it (PWM appendix C.4, the collect-and-retrain loop).
+"""Extraction in rounds: practise, learn the model, extract, and now and then look at reality.
 
-A round is a number of extraction steps, real episodes of every policy (the mean action for selection, sampled actions
-for exploration), and, unless the world model stays frozen, model steps half on those episodes and half on the given
-data. The best policy by real return is kept, and imagined reward is compared with real reward on the same start.
+A round is a number of cycles (PWM appendix C.4: the collect-and-retrain loop, turned fast). In a cycle the policies act
+for a while in the real environment, the world model learns from that and from the given data, and the policies take
+extraction steps: along the real trajectories, where the model supplies the derivatives, or from real states on in
+imagination. After a round, whole episodes with mean actions judge the policies, and the best of each seed is kept. With
+a frozen model a cycle is extraction steps from the data alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,45 +19,51 @@ import torch
 from torch import Tensor
 
 from pwm_fast.baselines.cloning import clone
-from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
+from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate
+from pwm_fast.learning.experience import Experience
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
 GAUGE_STEPS = 200
-MOST_EPISODES = 256  # environments per policy
+Timed = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class RoundConfig:
-    """What one round does. `model_steps` = 0 keeps the world model frozen."""
+    """What one round does. `model_steps` = 0 keeps the world model frozen, and the policies out of the environment."""
 
-    extraction_steps: int = 40
-    model_steps: int = 60
+    cycles: int = 10
+    extraction_steps: int = 1  # a cycle
+    model_steps: int = 8  # a cycle
+    practice_steps: int = 32  # a cycle, in each environment
+    practice_envs: int = 64  # per policy
+    warm_up_steps: int = 640  # of practice before the first cycle
+    capacity: int = 65_536  # transitions of practice that are kept
+    grounded: bool = True  # extract along real trajectories, else in imagination from real states
     model_batch_size: int | None = None  # windows; None: as in pre-training
-    model_lr: float = 3e-4
+    model_lr: float = 5e-4
     encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
+    new_windows: float = 0.5  # share of the model's windows that come from practice
     evaluation_episodes: int = 16
-    exploration_transitions: int = 8192  # with sampled actions, so that short episodes come in greater number
-    new_windows: float = 0.5  # share of the model's windows that come from the rounds' own episodes
-    new_starts: float = 0.75  # share of start states
-    recent_rounds: int = 8  # whose episodes count as new
-    rollback: float = 0.5  # a policy below this share of its best real return goes back to that best
+    critic_episodes: int = 48  # with sampled actions: what a clone's critics start from
+    rollback: float = 0.5  # a clone below this share of its best real return goes back to that best
 
     def __post_init__(self) -> None:
-        for name, least in (("extraction_steps", 1), ("model_steps", 0), ("evaluation_episodes", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        least = {"cycles": 1, "extraction_steps": 1, "model_steps": 0, "practice_steps": 1, "practice_envs": 1}
+        for name, smallest in (least | {"evaluation_episodes": 1, "critic_episodes": 1}).items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be >= {smallest}, got {getattr(self, name)}")
 
 
 class ExtractionRounds:
-    """The loop's state: world model, its optimiser, the policies, their real episodes and the best of them.
+    """The loop's state: world model, its optimiser, the policies, their practice and the best of them.
 
-    `data` gives start states and old windows; real episodes go to the store `replay` (a path that does not exist yet,
-    or one that this loop wrote before). Everything is a function of the seeds and the number of rounds done.
+    `data` gives old windows, and start states where the model is frozen. Everything is a function of the seeds and the
+    number of rounds done.
     """
 
     def __init__(
@@ -64,27 +72,31 @@ class ExtractionRounds:
         world_model: WorldModel,
         extraction: Extraction,
         data: EpisodeStore,
-        replay: Path,
         config: RoundConfig,
         seed: int = 0,
         threads: int | None = None,
     ):
         self.task = registry.get(task)
         self.world_model, self.extraction, self.config = world_model, extraction, config
-        self.replay_path, self.seed, self.threads = replay, seed, threads
+        self.seed, self.threads = seed, threads
         self.rounds_done = 0
-        self.cloned = False  # whether the actors were, in this process
-        self.real_length = 50.0  # of the last round's episodes; a guess before the first
-        self.best_return = np.full(len(extraction.seeds), -np.inf)
+        self.cloned = False  # whether the actors began as clones
+        population = len(extraction.seeds)
+        self.best_return = np.full(population, -np.inf)
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
-        self._best_state: list[dict[str, dict[str, Tensor]]] = [{} for _ in extraction.seeds]
-        self.rollbacks = np.zeros(len(extraction.seeds), np.int64)
+        self._best_actor: list[dict[str, Tensor]] = [{} for _ in extraction.seeds]
+        self.rollbacks = np.zeros(population, np.int64)
         self._data = data
         self._starts = [WindowSampler(data, 1, seed=s) for s in extraction.seeds]
-        self._fresh_starts: list[WindowSampler] = []
-        self._fresh: WindowSampler | None = None
-        self._kept: list[list[int]] = []  # by round: episodes of the replay store that this run wrote
         usual = PRESETS[world_model.config.latent]
+        self._longest = max(usual.horizon, extraction.config.horizon, config.practice_steps)  # window of practice
+        self.experience: Experience | None = None
+        if config.model_steps:
+            least = population * config.practice_envs * self._longest
+            self.experience = Experience(
+                self.task, population, config.practice_envs, max(config.capacity, least), seed + 1, threads
+            )
+        self._old = WindowSampler(data, usual.horizon, seed=seed, partial=True)
         self._model = Pretraining(
             world_model,
             replace(
@@ -96,7 +108,6 @@ class ExtractionRounds:
             ),
             self._model_batch,
         )
-        self._old = WindowSampler(data, usual.horizon, seed=seed, partial=True)
 
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
@@ -112,36 +123,65 @@ class ExtractionRounds:
 
     # one round -----------------------------------------------------------------------------------------------------
 
-    def extract(self, most: int | None = None, stop: Callable[[], bool] = lambda: False) -> dict[str, np.ndarray]:
-        """The round's extraction steps, at most `most`; returns the mean of each metric [P] over them."""
-        total: dict[str, Tensor] = {}
-        steps = 0
-        for _ in range(min(self.config.extraction_steps, most or self.config.extraction_steps)):
-            metrics = self.extraction.step(self._start_states(int(self.extraction.iteration)))
-            total = {k: total[k] + v if total else v.clone() for k, v in metrics.items()}
-            steps += 1
+    def learn(
+        self,
+        most: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        timed: Timed = lambda name: nullcontext(),
+    ) -> dict[str, Any]:
+        """The round's cycles, with at most `most` extraction steps; the mean of each metric (of the policies [P])."""
+        totals: dict[str, Any] = {}
+        left, cycles = most or 10**9, 0
+        while cycles < self.config.cycles and left > 0:
+            metrics: dict[str, Any] = {}
+            if self.experience is not None:
+                with timed("practice"):
+                    self._practise(self.experience)
+                with timed("model learning"):
+                    metrics |= self._learn_model()
+            with timed("extraction"):
+                steps = min(self.config.extraction_steps, left)
+                metrics |= self._extract(steps)
+            totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
+            left, cycles = left - steps, cycles + 1
             if stop():
                 break
-        return {k: (v / steps).cpu().numpy() for k, v in total.items()}
+        return {k: (v.cpu().numpy() if isinstance(v, Tensor) else v) / cycles for k, v in totals.items()}
 
-    def _exploration_episodes(self) -> int:
-        """Per policy, for about `exploration_transitions` at the last round's episode length."""
+    def _practise(self, experience: Experience) -> None:
         c = self.config
-        wanted = c.exploration_transitions if c.model_steps else 0
-        return int(min(np.ceil(wanted / self.real_length), MOST_EPISODES))
+        steps = c.practice_steps if experience.steps else max(c.warm_up_steps, self._longest)
+        experience.practise(self.extraction.policies(), steps)
+
+    def _learn_model(self) -> dict[str, float]:
+        """Model steps; the policies go on with the new model. The mean loss terms."""
+        rows = [self._model.step() for _ in range(self.config.model_steps)]
+        self.extraction.set_world_model(self.world_model)
+        return {f"model_{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]}
+
+    def _extract(self, steps: int) -> dict[str, Tensor]:
+        """Extraction steps; the mean of each metric [P] over them."""
+        rows = []
+        for _ in range(steps):
+            step = int(self.extraction.iteration)
+            if self.experience is not None and self.config.grounded:
+                rows.append(self.extraction.step_along(**self._trajectories(self.experience, step)))
+            else:
+                rows.append(self.extraction.step(self._start_states(step)))
+        return {k: torch.stack([row[k] for row in rows]).mean(0) for k in rows[0]}
 
     def look_at_reality(self) -> dict[str, np.ndarray]:
-        """Real episodes of every policy, kept for the model; returns [P] arrays, and updates the best policies.
+        """Real episodes of every policy with mean actions; returns [P] arrays, and updates the best policies.
 
-        `real_return`, `real_length`: mean of the episodes with mean actions. `imagined_over_real`: imagined over real
-        reward in the first steps of the same episodes; far above 1 is the sign of an exploited model.
+        `real_return`, `real_length`: their means. `imagined_over_real`: imagined over real reward in the first steps of
+        the same episodes; far above 1 is the sign of an exploited model.
         """
         c = self.config
         policies = self.extraction.policies()
+        explored = c.critic_episodes if self.cloned and self.rounds_done == 0 else 0
         episodes = real_episodes(
-            self.task.name, policies, c.evaluation_episodes, self._exploration_episodes(), self.seed + 1,
-            self.rounds_done, self.threads,
-        )  # fmt: skip
+            self.task.name, policies, c.evaluation_episodes, explored, self.seed + 1, self.rounds_done, self.threads
+        )
         means, lengths, gauges = [], [], []
         for i, (policy, found) in enumerate(zip(policies, episodes, strict=True)):
             judged = found[: c.evaluation_episodes]
@@ -149,11 +189,8 @@ class ExtractionRounds:
             lengths.append(float(np.mean([len(e.reward) for e in judged])))
             gauges.append(imagined_over_real(self.world_model, policy, judged, self._task_id(i)))
             self._keep_best(i, means[-1], policy)
-        self.real_length = max(float(np.mean(lengths)), 1.0)
-        if self.rounds_done == 0 and self.cloned:
+        if explored:
             self.fit_critics(episodes)
-        if c.model_steps:
-            self._keep([e for found in episodes for e in found])
         return {
             "real_return": np.array(means),
             "real_length": np.array(lengths),
@@ -162,30 +199,17 @@ class ExtractionRounds:
         }
 
     def _keep_best(self, i: int, real: float, policy: Policy) -> None:
-        """Note a new best policy; take one that has lost its way back to it.
+        """Note a new best policy; take a clone that has lost its way back to it.
 
-        Such a policy exploits an error of the world model. Its episodes are what cures the error, and from the best
-        policy the next attempt starts on the cured model.
+        What it did on the way has taught the model and the critics, so the next attempt is another one.
         """
         learner = self.extraction
         if real > self.best_return[i]:
             self.best_return[i], self.best_policy[i] = real, policy.tensors()
-            self._best_state[i] = {"actor": learner.actor_adam.snapshot(i), "critic": learner.critic_adam.snapshot(i)}
-        elif self.best_return[i] > 0 and real < self.config.rollback * self.best_return[i]:
-            learner.actor_adam.restore(i, self._best_state[i]["actor"])
-            learner.critic_adam.restore(i, self._best_state[i]["critic"])
+            self._best_actor[i] = learner.actor_adam.snapshot(i)
+        elif self.cloned and real < self.config.rollback * self.best_return[i]:
+            learner.actor_adam.restore(i, self._best_actor[i])
             self.rollbacks[i] += 1
-
-    def learn_model(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """The round's model steps; the policies go on with the new model. Returns the mean loss terms."""
-        rows = []
-        for _ in range(self.config.model_steps):
-            rows.append(self._model.step())
-            if stop():
-                break
-        if rows:
-            self.extraction.set_world_model(self.world_model)
-        return {f"model_{k}": float(np.mean([row[k] for row in rows])) for k in rows[0]} if rows else {}
 
     def diverged(self) -> np.ndarray:
         """[P]: which policies were stopped because their numbers stopped being finite."""
@@ -206,75 +230,58 @@ class ExtractionRounds:
         return None if ids is None else ids[policy]
 
     def _start_states(self, step: int) -> np.ndarray:
-        """[P, B, S]: from the data and, once there are any, the policies' own episodes."""
-        batch = self.extraction.config.batch_size
-        new = int(batch * self.config.new_starts) if self._fresh_starts else 0
-        rows = []
-        for i, sampler in enumerate(self._starts):
-            parts = [sampler.start_states(step, batch - new)]
-            if new:
-                parts.append(self._fresh_starts[i].start_states(step, new))
-            rows.append(np.concatenate(parts))
-        return np.stack(rows)
+        """[P, B, S]: from the policies' own practice, or the data where there is none."""
+        batch, experience = self.extraction.config.batch_size, self.experience
+        if experience is not None:
+            return np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)])
+        return np.stack([sampler.start_states(step, batch) for sampler in self._starts])
+
+    def _trajectories(self, experience: Experience, step: int) -> dict[str, Tensor]:
+        """Windows of each policy's last practice: obs [H+1, P, B, S], action [H, P, B, A], ..."""
+        c = self.extraction.config
+        recent = max(self.config.practice_steps, c.horizon)
+        each = [
+            experience.windows(step, c.batch_size, c.horizon, policy=i, recent=recent, cuts=False)
+            for i in range(experience.policies)
+        ]
+        names = ("obs", "action", "reward", "terminated", "valid")
+        return {name: torch.from_numpy(np.stack([w[name] for w in each], 1)) for name in names}
 
     def _model_batch(self, step: int) -> Windows:
         batch = self._model.config.batch_size
-        new = int(batch * self.config.new_windows) if self._fresh is not None else 0
-        parts = [self._old.windows(step, batch - new)] if batch > new else []
-        if self._fresh is not None and new:
-            parts.append(self._fresh.windows(step, new))
+        new = int(batch * self.config.new_windows)
+        assert self.experience is not None, "a frozen model learns nothing"
+        parts = [self.experience.windows(step, new, self._model.config.horizon)] if new else []
+        parts += [self._old.windows(step, batch - new)] if batch > new else []
         joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}
         return Windows.of(joined, self.world_model.config.num_tasks > 0)
-
-    def _keep(self, episodes: list[Episode]) -> None:
-        """Append to the replay store. A killed run may have left episodes behind there, so the own ones are counted."""
-        w, exists = self.world_model.config, self.replay_path.exists()
-        before = EpisodeStore.open(self.replay_path).num_episodes if exists else 0
-        with EpisodeWriter(
-            self.replay_path, w.obs_dim, w.action_dim, task_names=[self.task.name], append=exists
-        ) as writer:
-            for e in episodes:
-                writer.add(e.obs, e.action, e.reward, e.terminated)
-        self._kept.append(list(range(before, before + len(episodes))))
-        self._open_replay()
-
-    def _open_replay(self) -> None:
-        store = EpisodeStore.open(self.replay_path)
-        recent = [i for kept in self._kept[-self.config.recent_rounds :] for i in kept]
-        horizon = self._model.config.horizon
-        self._fresh_starts = [WindowSampler(store, 1, recent, seed=s + 1) for s in self.extraction.seeds]
-        if store.num_rows > horizon:
-            self._fresh = WindowSampler(store, horizon, recent, seed=self.seed + 1, partial=True)
 
     # resume --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the replay store, whose own episodes are noted."""
         return {
             "rounds_done": self.rounds_done,
+            "cloned": self.cloned,
             "extraction": self.extraction.state_dict(),
             "model": self._model.state_dict(),
+            "experience": None if self.experience is None else self.experience.state_dict(),
             "best_return": self.best_return,
             "best_policy": list(self.best_policy),
-            "best_state": list(self._best_state),
+            "best_actor": list(self._best_actor),
             "rollbacks": self.rollbacks,
-            "kept": [list(kept) for kept in self._kept],
-            "real_length": self.real_length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rounds_done = int(state["rounds_done"])
+        self.rounds_done, self.cloned = int(state["rounds_done"]), bool(state["cloned"])
         self._model.load_state_dict(state["model"])
         self.extraction.set_world_model(self.world_model)
         self.extraction.load_state_dict(state["extraction"])
+        if self.experience is not None:
+            self.experience.load_state_dict(state["experience"])
         self.best_return = np.asarray(state["best_return"], np.float64)
         self.best_policy = list(state["best_policy"])
-        self._best_state = list(state["best_state"])
+        self._best_actor = list(state["best_actor"])
         self.rollbacks = np.asarray(state["rollbacks"], np.int64)
-        self._kept = [[int(i) for i in kept] for kept in state["kept"]]
-        self.real_length = float(state["real_length"])
-        if self._kept:
-            self._open_replay()
 
 
 def returns_to_go(episode: Episode, gamma: float) -> np.ndarray:

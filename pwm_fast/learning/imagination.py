@@ -20,7 +20,7 @@ from pwm_fast.models.world_model import FrozenWorldModel
 
 
 class Rollout(NamedTuple):
-    """One imagined batch and what its backward pass needs.
+    """One imagined (or real) batch and what its backward pass needs.
 
     What the frozen networks keep for that pass lies in memory that the next rollout overwrites.
     """
@@ -29,6 +29,7 @@ class Rollout(NamedTuple):
     latents: Tensor  # [P, H + 1, B, Z]: the same z_h, one policy's rows together
     reward: Tensor  # [H, P, B]
     continues: Tensor | None  # [H, P, B]: probability that the episode goes on in z_{h+1}
+    continues_slope: Tensor | None  # [H, P, B]: its derivative by the termination head's output, negated
     noise: Tensor  # [P, H, B, A]
     actor: list[ActionSample]
     dynamics: list[list[Saved]]
@@ -68,15 +69,44 @@ class Imagination:
             dynamics.append(saved)
         latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
         logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
-        continues, termination_layers = None, []
-        if self.termination is not None:
-            work = self._workspace.part("termination")
-            logit, termination_layers = self.termination.forward(inputs[1:, ..., :z_dim], work)
-            continues = torch.sigmoid(-logit.squeeze(-1))
+        continues, slope, termination_layers = self._continues(inputs)
         return Rollout(
-            inputs, latents, self._expected_reward(logits), continues, noise, samples, dynamics, logits, reward_layers,
-            termination_layers,
+            inputs, latents, self._expected_reward(logits), continues, slope, noise, samples, dynamics, logits,
+            reward_layers, termination_layers,
         )  # fmt: skip
+
+    def along(self, actor: Actor, obs: Tensor, action: Tensor, reward: Tensor, continues: Tensor) -> Rollout:
+        """Real trajectories of the actors as if imagined: the values are real, the derivatives the world model's.
+
+        Heess et al. 2015 (SVG, section 4): states, rewards and ends are taken as they were, the noise is what the
+        actor's distribution needs to give the action taken, and no error of the model can be exploited or accumulate.
+        obs [H+1, P, B, S], action [H, P, B, A], reward and continues [H, P, B] (0 where the episode ended).
+        """
+        horizon, z_dim = len(action), self.config.latent_dim
+        z = self.encoder.forward(obs)[0]
+        inputs = torch.cat([z, torch.zeros_like(z[..., :1]).expand(*z.shape[:-1], action.shape[-1])], -1)
+        inputs[:-1, ..., z_dim:] = action
+        samples, noises, dynamics = [], [], []
+        for h in range(horizon):
+            sample, noise = actor.explain(z[h], action[h])
+            samples.append(sample)
+            noises.append(noise)
+            dynamics.append(self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))[1])
+        logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
+        _, slope, termination_layers = self._continues(inputs)
+        return Rollout(
+            inputs, z.transpose(0, 1).contiguous(), reward, continues, slope, torch.stack(noises, 1), samples, dynamics,
+            logits, reward_layers, termination_layers,
+        )  # fmt: skip
+
+    def _continues(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None, list[Saved]]:
+        """Continuation, its slope and what the head's backward pass needs, for the states z_1 .. z_H."""
+        if self.termination is None:
+            return None, None, []
+        work = self._workspace.part("termination")
+        logit, layers = self.termination.forward(inputs[1:, ..., : self.config.latent_dim], work)
+        continues = torch.sigmoid(-logit.squeeze(-1))
+        return continues, continues * (1 - continues), layers
 
     def backward(
         self,
@@ -95,8 +125,7 @@ class Imagination:
         d_inputs = self.reward.input_gradient(d_logits, rollout.reward_layers, work.part("reward"))
         d_terminations = None
         if self.termination is not None:
-            c = rollout.continues
-            d_logit = -d_continues * c * (1 - c)
+            d_logit = -d_continues * rollout.continues_slope
             d_terminations = self.termination.input_gradient(
                 d_logit[..., None], rollout.termination_layers, work.part("termination")
             )
@@ -131,5 +160,5 @@ class Imagination:
         c, logits = self.config, rollout.reward_logits
         d = d_reward * self.reward_scale
         if c.reward_symlog:  # symexp'(x) = exp(|x|) = |symexp(x)| + 1
-            d = d * ((rollout.reward / self.reward_scale).abs() + 1)
+            d = d * ((self._expected_reward(logits) / self.reward_scale).abs() + 1)
         return d[..., None] if c.num_bins == 1 else two_hot.expectation_backward(d, logits, c.vmin, c.vmax)

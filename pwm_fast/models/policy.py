@@ -79,6 +79,13 @@ class Actor:
         std = self.parameters["log_std"].exp()[:, None]
         return ActionSample(torch.tanh(torch.addcmul(mu, std, noise)), activations)
 
+    def explain(self, z: Tensor, action: Tensor) -> tuple[ActionSample, Tensor]:
+        """The sample that gives `action` [P, R, A] in latents z [P, R, Z], and its noise [P, R, A]."""
+        mu, activations = self.mlp.forward(z)
+        inside = 1 - 1e-6  # actions on the edge stand for all beyond it
+        before_tanh = torch.atanh(action.clamp(-inside, inside))
+        return ActionSample(action, activations), (before_tanh - mu) / self.parameters["log_std"].exp()[:, None]
+
     def backward(
         self, daction: Tensor, noise: Tensor, sample: ActionSample, workspace: Workspace | None = None
     ) -> None:

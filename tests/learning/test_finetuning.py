@@ -1,5 +1,7 @@
 """Rounds of extraction, reality and model learning on the real hopper, with tiny networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,21 +16,27 @@ from pwm_fast.state_files import load_state, save_state
 
 SMALL = ExtractionConfig(horizon=4, batch_size=8, actor_units=(16,), critic_units=(16,), critic_epochs=1)
 ROUND = RoundConfig(
-    extraction_steps=3, model_steps=2, model_batch_size=8, evaluation_episodes=2, exploration_transitions=120
+    cycles=3,
+    model_steps=2,
+    model_batch_size=8,
+    practice_steps=6,
+    practice_envs=8,
+    warm_up_steps=12,
+    capacity=160,
+    evaluation_episodes=2,
+    critic_episodes=2,
 )
+FROZEN = RoundConfig(cycles=1, extraction_steps=3, model_steps=0, evaluation_episodes=2)
 
 
 @pytest.fixture
-def job(tiny_world_model, tiny_store, tmp_path):
-    """A function that makes the same job anew, with its replay store in a folder of its own."""
+def job(tiny_world_model, tiny_store):
+    """A function that makes the same job anew."""
 
-    def make(name: str = "a", rounds: RoundConfig = ROUND, seeds=(0, 1), steps: int = 9, start="scratch"):
+    def make(rounds: RoundConfig = ROUND, seeds=(0, 1), steps: int = 9, start="scratch"):
         model, data = WorldModel.load(tiny_world_model), EpisodeStore.open(tiny_store)
-        replay = tmp_path / name / "replay"
-        return make_job("hopper", model, data, seeds, Budget(steps=steps), replay, SMALL, rounds, start=start)
+        return make_job("hopper", model, data, seeds, Budget(steps=steps), SMALL, rounds, start=start)
 
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     return make
 
 
@@ -54,14 +62,15 @@ def test_cloned_policies_are_looked_at_before_the_first_step(job):
     assert (rows[1]["best_return"] >= rows[0]["real_return"]).all()
 
 
-def test_resume_through_a_file_equals_the_whole_run(job, tmp_path):
-    whole = job("a")
+@pytest.mark.parametrize("grounded", [True, False], ids=["grounded", "imagined"])
+def test_resume_through_a_file_equals_the_whole_run(job, tmp_path, grounded):
+    rounds = replace(ROUND, grounded=grounded)
+    whole = job(rounds)
     whole.run()
-    first = job("b")
+    first = job(rounds)
     states = []
     first.run(lambda row: states.append(first.state_dict()) or save_state(tmp_path / f"{len(states)}", states[-1]))
-    # as after a kill in round 3: its episodes lie in the replay store, the checkpoint is that of round 2
-    second = job("b")
+    second = job(rounds)  # as after a kill in round 3
     second.load_state_dict(load_state(tmp_path / "2"))
     assert second.steps_done == 6
     second.run()
@@ -72,28 +81,26 @@ def test_resume_through_a_file_equals_the_whole_run(job, tmp_path):
     assert np.array_equal(whole.rounds.best_return, second.rounds.best_return)
 
 
-def test_a_frozen_model_stays_as_it_was_and_keeps_no_episodes(job, tmp_path):
-    frozen = job(rounds=RoundConfig(extraction_steps=3, model_steps=0, evaluation_episodes=2))
+def test_a_frozen_model_stays_as_it_was(job):
+    frozen = job(FROZEN)
     before = {k: v.clone() for k, v in frozen.rounds.world_model.state_dict().items()}
     frozen.run()
     for name, value in frozen.rounds.world_model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not (tmp_path / "a" / "replay").exists()
 
 
-def test_fine_tuning_moves_the_model_but_not_the_encoder(job, tmp_path):
+def test_fine_tuning_moves_the_model_but_not_the_encoder(job):
     tuned = job()
     before = {k: v.clone() for k, v in tuned.rounds.world_model.state_dict().items()}
     tuned.run()
     after = tuned.rounds.world_model.state_dict()
     assert torch.equal(after["_encoder.0.weight"], before["_encoder.0.weight"])
     assert not torch.equal(after["_dynamics.0.weight"], before["_dynamics.0.weight"])
-    assert EpisodeStore.open(tmp_path / "a" / "replay").num_transitions > 200
+    assert tuned.rounds.experience.steps == 16 + 8 * 6
 
 
 def test_a_frozen_policy_does_not_depend_on_who_shares_the_batch(job):
-    frozen = RoundConfig(extraction_steps=3, model_steps=0, evaluation_episodes=2)
-    together, alone = job("a", frozen, seeds=(0, 1)), job("b", frozen, seeds=(1,))
+    together, alone = job(FROZEN, seeds=(0, 1)), job(FROZEN, seeds=(1,))
     together.run()
     alone.run()
     for (name, a), b in zip(
@@ -134,10 +141,10 @@ def test_extract_policies_is_the_short_way(tiny_world_model, tiny_store):
     assert found["hopper"][0].act(np.zeros(11, np.float32)).shape == (3,)
 
 
-def test_models_and_data_of_another_task_are_refused(tiny_world_model, tiny_store, tmp_path):
+def test_models_and_data_of_another_task_are_refused(tiny_world_model, tiny_store):
     model, data = WorldModel.load(tiny_world_model), EpisodeStore.open(tiny_store)
     with pytest.raises(ValueError, match="world model has 11 observations and 3 actions, task ant has 37 and 8"):
-        make_job("ant", model, data, (0,), Budget(steps=1), tmp_path / "r", SMALL, ROUND)
+        make_job("ant", model, data, (0,), Budget(steps=1), SMALL, ROUND)
     with pytest.raises(ValueError, match="needs steps or minutes"):
         Budget()
     with pytest.raises(ValueError, match="extraction_steps must be >= 1, got 0"):
@@ -173,7 +180,7 @@ def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
     work.run()
     rounds, learner = work.rounds, work.rounds.extraction
     policies = learner.policies()
-    rounds.best_return[:] = [-np.inf, -np.inf]
+    rounds.cloned, rounds.best_return[:] = True, [-np.inf, -np.inf]
     for i in range(2):
         rounds._keep_best(i, 100.0, policies[i])
     before = [p.tensors() for p in learner.policies()]

@@ -95,3 +95,47 @@ def test_observation_statistics_are_part_of_the_model(latent: str) -> None:
     obs = torch.randn(1, ext.config.batch_size, OBS_DIM, dtype=torch.float64)
     z = ext.imagination.encoder.forward(obs)[0]
     assert relative(z, model.encode(obs, torch.zeros(1, 1, dtype=torch.int64)).detach()) < 1e-12
+
+
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "not-detached"])
+def test_along_the_models_own_trajectory_it_is_imagination(detach: bool) -> None:
+    """Real trajectories of a world that is the model give the imagined rollout, and its gradient."""
+    model = world_model(termination_dim=11, latent="observation", tasks=0)
+    ext = extraction(model, policies=2, terminations=True)
+    imagined = imagine(ext)
+    obs = (imagined.latents * model.obs_std + model.obs_mean).transpose(0, 1)  # [H+1, P, B, S]
+    action = torch.stack([sample.action for sample in imagined.actor])
+    generator = torch.Generator().manual_seed(7)
+    like = torch.randn(imagined.reward.shape, generator=generator, dtype=torch.float64)
+    d_last = torch.randn(imagined.latents[:, -1].shape, generator=generator, dtype=torch.float64)
+    gradients = []
+    for kind in ("imagined", "real"):
+        rollout = imagine(ext)  # the networks' memory is that of the last rollout
+        if kind == "real":
+            continues = imagined.continues.clone()
+            rollout = ext.imagination.along(ext.actor, obs, action, imagined.reward.clone(), continues)
+            assert relative(rollout.latents, imagined.latents) < 1e-12
+            assert relative(rollout.noise, imagined.noise) < 1e-9
+        ext.imagination.backward(ext.actor, rollout, like, 0.3 * like, d_last, detach)
+        gradients.append(ext.actor.parameters.grad.clone())
+    assert relative(gradients[1], gradients[0]) < 1e-9
+
+
+def test_values_along_real_trajectories_are_the_real_ones() -> None:
+    ext = extraction(world_model(termination_dim=11, latent="observation", tasks=0), terminations=True)
+    c, g = ext.config, torch.Generator().manual_seed(1)
+    shape = (c.horizon, 1, c.batch_size)
+    obs = torch.randn(c.horizon + 1, 1, c.batch_size, OBS_DIM, generator=g, dtype=torch.float64)
+    action = torch.rand(*shape, ACTION_DIM, generator=g, dtype=torch.float64) - 0.5
+    reward, terminated = torch.randn(shape, generator=g, dtype=torch.float64), torch.zeros(shape)
+    terminated[2, 0, 1] = 1.0
+    valid = torch.ones(shape, dtype=torch.bool)
+    valid[3:, 0, 1] = False
+    before = ext.critic.values(ext.imagination.encoder.forward(obs)[0].transpose(0, 1).flatten(1, 2))[0]
+    metrics = ext.step_along(obs, action, reward, terminated, valid)
+    assert metrics["imagined_reward"].item() == pytest.approx(reward.mean().item(), rel=1e-9)
+    value = before.amin(0).view(c.horizon + 1, c.batch_size)
+    discount = c.gamma ** torch.arange(c.horizon, dtype=torch.float64)
+    returns = (discount[:, None] * reward[:, 0]).sum(0) + c.gamma**c.horizon * value[-1]
+    returns[1] = (discount[:3] * reward[:3, 0, 1]).sum()  # it fell in the third step
+    assert metrics["imagined_return"].item() == pytest.approx(returns.mean().item(), rel=1e-9)
