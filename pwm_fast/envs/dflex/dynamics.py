@@ -374,12 +374,17 @@ def kernels(features: Features, lanes: int) -> SimpleNamespace:
             k = i + 1
             if m.mass[i] > 0.0:
                 r = a.matrix(s.rot[t, k])
-                com = a.transposed_times(r, s.com[t, k])
-                s.inertia[t, k] = a.congruence(r, a.parallel_axis(m.inertia[i], m.mass[i], com))
                 if wp.static(ball):
+                    com = a.transposed_times(r, s.com[t, k])
+                    s.inertia[t, k] = a.congruence(r, a.parallel_axis_constant(m.inertia[i], m.mass[i], com))
                     s.moment[t, k] = a.cofactor_times(r, com) * m.mass[i]
-                    s.spread_mass[t, k] = a.congruence(r, a.parallel_axis(wp.identity(3, float), 0.0, com)) * m.mass[i]
+                    s.spread_mass[t, k] = (
+                        a.congruence(r, a.parallel_axis_constant(wp.identity(3, float), 0.0, com)) * m.mass[i]
+                    )
                 else:
+                    # the very com of the first moment: another rounding of it would not cancel in what legs see of H
+                    own = a.congruence_constant(r, m.inertia[i])
+                    s.inertia[t, k] = a.parallel_axis(own, m.mass[i], s.com[t, k])
                     s.moment[t, k] = s.com[t, k] * m.mass[i]
             else:
                 s.inertia[t, k] = Sym()
