@@ -1,8 +1,7 @@
 """Gymnasium fronts of the dflex tasks: a VectorEnv that steps the whole batch at once, and a single environment.
 
 Autoreset is Gymnasium's *next-step* mode: the step that ends an episode returns its last observation; the following
-``step``
-ignores that environment's action and returns the first observation of a new episode with reward 0.
+``step`` ignores that environment's action and returns the first observation of a new episode with reward 0.
 """
 
 from typing import Any
