@@ -4,8 +4,8 @@
 
 Published MT80 shapes (observations 39, actions 6, task embedding 96), H = 16, batch 64, one thread, float32. Times are
 CPU seconds of this process, naive and explicit steps in turn; the fastest of each counts, for other work slows both.
-The roofline is what one core reaches in a matrix product whose operands fit its cache, measured in the same run, and the
-GFLOP are those the step cannot do without. A speed counts only if the actor's gradient equals autograd's in float64.
+The roofline is what one core reaches in a matrix product whose operands fit its cache, measured in the same run, and
+the GFLOP are those the step needs in any case. A speed counts only if the actor's gradient equals float64 autograd's.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def batch(policies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def needed_flop(ext: Extraction) -> float:
-    """Floating-point operations of one step's matrix products: no weight gradients of frozen networks, no value twice."""
+    """Floating-point operations of one step's products: no weight gradients of frozen networks, no value twice."""
     c, imagination = ext.config, ext.imagination
 
     def weights(layers: list) -> int:

@@ -1,6 +1,7 @@
 """Environments: the table of tasks, the differentiable dflex tasks, Gymnasium fronts and evaluation.
 
-Importing this package registers the Gymnasium ids (``pwm_fast/Humanoid-v0`` and the like).
+Importing this package registers the Gymnasium ids (``pwm_fast/Humanoid-v0`` and the like). Where importing is not at
+hand, Gymnasium does it for an id that names the module: ``gymnasium.make_vec("pwm_fast.envs:pwm_fast/Hopper-v0")``.
 """
 
 import gymnasium
@@ -9,7 +10,7 @@ from pwm_fast.envs.registry import TASKS
 
 
 def register() -> None:
-    """Tell Gymnasium our ids; also its plugin entry point. Repeating it is harmless."""
+    """Tell Gymnasium our ids. Repeating it is harmless."""
     for task in TASKS.values():
         if task.gym_id not in gymnasium.registry:
             gymnasium.register(

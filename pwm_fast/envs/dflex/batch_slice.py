@@ -4,7 +4,6 @@ Environments travel in bundles: torch's [N, k] becomes [groups, k, LANES], envir
 n // LANES. Lanes beyond the batch rest in the start pose and are never read.
 """
 
-import numpy as np
 import torch
 import warp as wp
 from torch import Tensor
@@ -12,48 +11,9 @@ from torch import Tensor
 from pwm_fast.envs.dflex import dynamics
 from pwm_fast.envs.dflex.lanes import algebra
 from pwm_fast.envs.dflex.model import RobotModel
+from pwm_fast.envs.dflex.structs import Features, Model, model_to_warp, scratch_struct
 
 LANES = 16  # one AVX-512 register, two of AVX2, four of NEON
-
-
-def packed_rows(model: RobotModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sparse lower triangle of the mass matrix: row starts [D + 1]; ancestor and row of every entry."""
-    starts, ancestors, rows = [0], [], []
-    for d in range(model.nqd):
-        b = d
-        while b >= 0:
-            ancestors.append(b)
-            rows.append(d)
-            b = int(model.dof_parent[b])
-        starts.append(len(ancestors))
-    return np.array(starts, np.int32), np.array(ancestors, np.int32), np.array(rows, np.int32)
-
-
-def model_to_warp(model: RobotModel) -> dynamics.Model:
-    """The tables on the device, with those derived for the kernels."""
-    subtree_mass = model.mass.copy()
-    for i in reversed(range(model.num_links)):
-        if model.parent[i] >= 0:
-            subtree_mass[model.parent[i]] += subtree_mass[i]
-    row, ancestor, entry_dof = packed_rows(model)
-    derived = dict(
-        offset=np.abs(model.frame_pos).max(-1) > 0,
-        springs=np.stack([model.stiffness, model.target, model.lower, model.upper], -1),
-        subtree_mass=subtree_mass,
-        row=row,
-        ancestor=ancestor,
-        entry_dof=entry_dof,
-        segment_muscle=model.segments.muscle,
-        segment_links=model.segments.links,
-        segment_start=model.segments.start,
-        segment_end=model.segments.end,
-    )
-    m = dynamics.Model()
-    for name, var in dynamics.Model.vars.items():
-        value = derived[name] if name in derived else getattr(model, name)
-        is_array = isinstance(var.type, wp.array)
-        setattr(m, name, wp.array(value, dtype=var.type.dtype) if is_array else var.type(*value.tolist()))
-    return m
 
 
 def _torch(array: wp.array) -> Tensor:
@@ -95,7 +55,7 @@ class BatchSlice:
         self.model, self.n, self.substeps, self.refresh = model, num_envs, substeps, refresh
         self.dt = control_step / substeps
         self.groups = -(-num_envs // LANES)
-        self.kernels = dynamics.kernels(dynamics.Features.of(model), LANES)
+        self.kernels = dynamics.kernels(Features.of(model), LANES)
         self.tables = model_to_warp(model)
         self.entries = self.tables.ancestor.shape[0]
         self.origin_size = 2 if model.has_free_root else 1
@@ -108,7 +68,7 @@ class BatchSlice:
 
     def _scratch(self):
         """Working arrays and their gradients; one row, since the groups of a slice run one after another."""
-        struct = dynamics.scratch_struct(LANES)
+        struct = scratch_struct(LANES)
         primal, gradient = struct(), struct()
         own = {"H", "H_grad", "tau_grad", "qdd_grad", "y"}
         per_dof = {"tau", "qdd", "axis_w", "axis_v", "dof_torque", "dof_force"}
@@ -215,7 +175,7 @@ class BatchSlice:
         """
         if self._adjoint is not None:
             return
-        a, none = self.work.arrays, dynamics.Model()
+        a, none = self.work.arrays, Model()
         grad = {name: array.grad for name, array in a.items()}
         launches = []
 

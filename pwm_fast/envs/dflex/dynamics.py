@@ -1,119 +1,21 @@
 """Batched, differentiable articulated-body dynamics on Warp (Featherstone, Rigid Body Dynamics Algorithms, ch. 5-6).
 
-One thread per bundle of environments (lanes.py). All spatial quantities are (angular, linear) pairs about the world
+One thread per bundle of environments (lanes/). All spatial quantities are (angular, linear) pairs about the world
 origin, so twists, wrenches and composite inertias of a subtree add without shifting, and a mass matrix stays meaningful
 when it is held over several substeps.
 
 ``kernels(features, lanes)`` compiles one module per kind of robot: what a robot lacks (ball joints, muscles, prismatic
 joints, a free root) is not compiled in.
-
-Row 0 of every per-link scratch array is the world; link i is row i + 1.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 
-import numpy as np
 import warp as wp
 
 from pwm_fast.envs.dflex.lanes import COMPILER_FLAGS, algebra
-from pwm_fast.envs.dflex.model import BALL, PRISMATIC, REVOLUTE, RobotModel
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a robot has, as compile-time constants."""
-
-    free_root: bool
-    prismatic: bool
-    ball: bool
-    muscles: bool
-    turned_frames: bool  # some joint frame is rotated against its parent link
-
-    @staticmethod
-    def of(model: RobotModel) -> "Features":
-        return Features(
-            free_root=model.has_free_root,
-            prismatic=bool((model.joint_type == PRISMATIC).any()),
-            ball=model.has_ball_joints,
-            muscles=len(model.segments.muscle) > 0,
-            turned_frames=bool((np.abs(model.frame_rot[:, :3]) > 0).any()),
-        )
-
-
-@wp.struct
-class Model:
-    """RobotModel on the device; fields as there."""
-
-    joint_type: wp.array(dtype=int)
-    parent: wp.array(dtype=int)
-    q_start: wp.array(dtype=int)
-    qd_start: wp.array(dtype=int)
-    dof_link: wp.array(dtype=int)
-    dof_q: wp.array(dtype=int)
-    offset: wp.array(dtype=int)  # 1 where frame_pos is not 0
-    frame_pos: wp.array(dtype=wp.vec3)
-    frame_rot: wp.array(dtype=wp.vec4)
-    axis: wp.array(dtype=wp.vec3)
-    springs: wp.array(dtype=wp.vec4)  # stiffness, target, lower, upper
-    limit_stiffness: wp.array(dtype=float)
-    damping: wp.array(dtype=float)
-    armature: wp.array(dtype=float)
-    mass: wp.array(dtype=float)
-    subtree_mass: wp.array(dtype=float)
-    com: wp.array(dtype=wp.vec3)
-    inertia: wp.array(dtype=wp.mat33)
-    contact_link: wp.array(dtype=int)
-    contact_point: wp.array(dtype=wp.vec3)
-    contact_radius: wp.array(dtype=float)
-    contact_material: wp.array(dtype=wp.vec4)
-    row: wp.array(dtype=int)  # packed mass matrix: row d is entries row[d] .. row[d + 1] - 1, see lanes.py
-    ancestor: wp.array(dtype=int)
-    entry_dof: wp.array(dtype=int)
-    segment_muscle: wp.array(dtype=int)
-    segment_links: wp.array(dtype=wp.vec2i)
-    segment_start: wp.array(dtype=wp.vec3)
-    segment_end: wp.array(dtype=wp.vec3)
-    gravity: wp.vec3
-
-
-@cache
-def scratch_struct(lanes: int) -> type:
-    """Working arrays. They carry the loops' state, so that the adjoint can replay it; threads that run one after the
-    other (a CPU slice) share one row of all but H, H_grad."""
-    a = algebra(lanes)
-
-    @wp.struct
-    class Scratch:
-        rot: wp.array2d(dtype=a.Quat)  # [rows, links + 1]
-        frame: wp.array2d(dtype=a.Quat)  # joint frames, where they are turned against the parent link
-        pos: wp.array2d(dtype=a.Vec)
-        com: wp.array2d(dtype=a.Vec)
-        axis_w: wp.array2d(dtype=a.Vec)  # [rows, dofs] motion axes, angular and linear part
-        axis_v: wp.array2d(dtype=a.Vec)
-        w: wp.array2d(dtype=a.Vec)  # [rows, links + 1] twist
-        v: wp.array2d(dtype=a.Vec)
-        joint_w: wp.array2d(dtype=a.Vec)  # the joint's own share of it
-        joint_v: wp.array2d(dtype=a.Vec)
-        acc_w: wp.array2d(dtype=a.Vec)  # bias acceleration
-        acc_v: wp.array2d(dtype=a.Vec)
-        torque: wp.array2d(dtype=a.Vec)  # bias wrench minus external wrench
-        force: wp.array2d(dtype=a.Vec)
-        inertia: wp.array2d(dtype=a.Sym)  # composite inertia about the world origin,
-        moment: wp.array2d(dtype=a.Vec)  # its first moment of mass,
-        spread_mass: wp.array2d(dtype=a.Sym)  # and mass; a matrix where rotations may not be orthogonal (ball joints)
-        dof_torque: wp.array2d(dtype=a.Vec)  # [rows, dofs] wrench that accelerates a subtree along a motion axis
-        dof_force: wp.array2d(dtype=a.Vec)
-        H: wp.array2d(dtype=a.Lane)  # [groups, entries] packed mass matrix
-        H_grad: wp.array2d(dtype=a.Lane)
-        tau: wp.array2d(dtype=a.Lane)  # [rows, dofs]
-        tau_grad: wp.array2d(dtype=a.Lane)
-        qdd: wp.array2d(dtype=a.Lane)
-        qdd_grad: wp.array2d(dtype=a.Lane)
-        y: wp.array2d(dtype=a.Lane)
-
-    return Scratch
+from pwm_fast.envs.dflex.model import BALL, PRISMATIC, REVOLUTE
+from pwm_fast.envs.dflex.structs import Features, Model, scratch_struct
 
 
 @cache
@@ -374,12 +276,17 @@ def kernels(features: Features, lanes: int) -> SimpleNamespace:
             k = i + 1
             if m.mass[i] > 0.0:
                 r = a.matrix(s.rot[t, k])
-                com = a.transposed_times(r, s.com[t, k])
-                s.inertia[t, k] = a.congruence(r, a.parallel_axis(m.inertia[i], m.mass[i], com))
                 if wp.static(ball):
+                    com = a.transposed_times(r, s.com[t, k])
+                    s.inertia[t, k] = a.congruence(r, a.parallel_axis_constant(m.inertia[i], m.mass[i], com))
                     s.moment[t, k] = a.cofactor_times(r, com) * m.mass[i]
-                    s.spread_mass[t, k] = a.congruence(r, a.parallel_axis(wp.identity(3, float), 0.0, com)) * m.mass[i]
+                    s.spread_mass[t, k] = (
+                        a.congruence(r, a.parallel_axis_constant(wp.identity(3, float), 0.0, com)) * m.mass[i]
+                    )
                 else:
+                    # the very com of the first moment: another rounding of it would not cancel in what legs see of H
+                    own = a.congruence_constant(r, m.inertia[i])
+                    s.inertia[t, k] = a.parallel_axis(own, m.mass[i], s.com[t, k])
                     s.moment[t, k] = s.com[t, k] * m.mass[i]
             else:
                 s.inertia[t, k] = Sym()

@@ -143,7 +143,7 @@ class Ant(Walker):
 
 class Humanoid(Walker):
     def reward(self, obs, action):
-        height = height_reward(obs[:, 0] - 0.84, limit=0.1, scale=10.0)
+        height = height_reward(obs[:, 0] - 0.74 - 0.10, limit=0.1, scale=10.0)
         return obs[:, 5] + 0.1 * obs[:, 53] + obs[:, 54] + height - 0.002 * action.square().sum(-1)
 
 

@@ -1,8 +1,12 @@
 """Matrices and inertia: what the composite-rigid-body mass matrix is made of."""
 
+import re
+
 import warp as wp
 
 from pwm_fast.envs.dflex.lanes.bundle import Bundle, public
+
+ENTRIES = ("00", "11", "22", "01", "02", "12")  # of the matrix that the rows of a Sym hold
 
 
 def functions(bundle: Bundle) -> dict:
@@ -75,37 +79,45 @@ def functions(bundle: Bundle) -> dict:
     )
     def symmetric_times(s: Sym, v: Vec) -> Vec: ...
 
-    @bundle.func_native(
-        6,
-        """float x = c@0, y = c@1, z = c@2;
-           out@0 = k.data[0][0] + m * (y * y + z * z); out@1 = k.data[1][1] + m * (x * x + z * z);
-           out@2 = k.data[2][2] + m * (x * x + y * y); out@3 = k.data[0][1] - m * x * y;
-           out@4 = k.data[0][2] - m * x * z; out@5 = k.data[1][2] - m * y * z;""",
-        """float x = c@0, y = c@1, z = c@2, f = 2.0f * m;
+    def constant(entry: re.Match) -> str:  # entry of a symmetric wp.mat33
+        return "k.data[{}][{}]".format(*ENTRIES[int(entry[1])])
+
+    about_a_point = """float x = c@0, y = c@1, z = c@2;
+           out@0 = K0 + m * (y * y + z * z); out@1 = K1 + m * (x * x + z * z); out@2 = K2 + m * (x * x + y * y);
+           out@3 = K3 - m * x * y; out@4 = K4 - m * x * z; out@5 = K5 - m * y * z;"""
+    about_a_point_adjoint = """float x = c@0, y = c@1, z = c@2, f = 2.0f * m;
            float g3 = m * adj_ret@3, g4 = m * adj_ret@4, g5 = m * adj_ret@5;
            adj_c@0 += f * x * (adj_ret@1 + adj_ret@2) - y * g3 - z * g4;
            adj_c@1 += f * y * (adj_ret@0 + adj_ret@2) - x * g3 - z * g5;
-           adj_c@2 += f * z * (adj_ret@0 + adj_ret@1) - x * g4 - y * g5;""",
-    )
-    def parallel_axis(k: wp.mat33, m: float, c: Vec) -> Sym:
-        """Inertia k about the centre of mass, seen from c away: k + m (|c|^2 1 - c c^T)."""
+           adj_c@2 += f * z * (adj_ret@0 + adj_ret@1) - x * g4 - y * g5;"""
 
-    # with A = R S: result = A R^T; adj_S = R^T G R, adj_R = 2 G A (G the symmetric adjoint, off-diagonals halved)
-    rows_of_a = """
-        float a0 = r@0 * s@0 + r@1 * s@3 + r@2 * s@4, a1 = r@0 * s@3 + r@1 * s@1 + r@2 * s@5;
-        float a2 = r@0 * s@4 + r@1 * s@5 + r@2 * s@2;
-        float b0 = r@3 * s@0 + r@4 * s@3 + r@5 * s@4, b1 = r@3 * s@3 + r@4 * s@1 + r@5 * s@5;
-        float b2 = r@3 * s@4 + r@4 * s@5 + r@5 * s@2;
-        float c0 = r@6 * s@0 + r@7 * s@3 + r@8 * s@4, c1 = r@6 * s@3 + r@7 * s@1 + r@8 * s@5;
-        float c2 = r@6 * s@4 + r@7 * s@5 + r@8 * s@2;"""
+    @bundle.func_native(6, re.sub(r"K(\d)", constant, about_a_point), about_a_point_adjoint)
+    def parallel_axis_constant(k: wp.mat33, m: float, c: Vec) -> Sym:
+        """Inertia k about the centre of mass, seen from c away: k + m (|c|^2 1 - c c^T)."""
 
     @bundle.func_native(
         6,
+        re.sub(r"K(\d)", r"k@\1", about_a_point),
+        about_a_point_adjoint + "".join(f"adj_k@{i} += adj_ret@{i};" for i in range(6)),
+    )
+    def parallel_axis(k: Sym, m: float, c: Vec) -> Sym: ...
+
+    # with A = R S: result = A R^T; adj_S = R^T G R, adj_R = 2 G A (G the symmetric adjoint, off-diagonals halved)
+    rows_of_a = """
+        float a0 = r@0 * S0 + r@1 * S3 + r@2 * S4, a1 = r@0 * S3 + r@1 * S1 + r@2 * S5;
+        float a2 = r@0 * S4 + r@1 * S5 + r@2 * S2;
+        float b0 = r@3 * S0 + r@4 * S3 + r@5 * S4, b1 = r@3 * S3 + r@4 * S1 + r@5 * S5;
+        float b2 = r@3 * S4 + r@4 * S5 + r@5 * S2;
+        float c0 = r@6 * S0 + r@7 * S3 + r@8 * S4, c1 = r@6 * S3 + r@7 * S1 + r@8 * S5;
+        float c2 = r@6 * S4 + r@7 * S5 + r@8 * S2;"""
+    congruence_forward = (
         rows_of_a
         + """
         out@0 = a0 * r@0 + a1 * r@1 + a2 * r@2; out@1 = b0 * r@3 + b1 * r@4 + b2 * r@5;
         out@2 = c0 * r@6 + c1 * r@7 + c2 * r@8; out@3 = a0 * r@3 + a1 * r@4 + a2 * r@5;
-        out@4 = a0 * r@6 + a1 * r@7 + a2 * r@8; out@5 = b0 * r@6 + b1 * r@7 + b2 * r@8;""",
+        out@4 = a0 * r@6 + a1 * r@7 + a2 * r@8; out@5 = b0 * r@6 + b1 * r@7 + b2 * r@8;"""
+    )
+    congruence_adjoint = (
         rows_of_a
         + """
         float gx = 2.0f * adj_ret@0, gy = 2.0f * adj_ret@1, gz = 2.0f * adj_ret@2;
@@ -115,7 +127,9 @@ def functions(bundle: Bundle) -> dict:
         adj_r@3 += gxy * a0 + gy * b0 + gyz * c0; adj_r@4 += gxy * a1 + gy * b1 + gyz * c1;
         adj_r@5 += gxy * a2 + gy * b2 + gyz * c2;
         adj_r@6 += gxz * a0 + gyz * b0 + gz * c0; adj_r@7 += gxz * a1 + gyz * b1 + gz * c1;
-        adj_r@8 += gxz * a2 + gyz * b2 + gz * c2;
+        adj_r@8 += gxz * a2 + gyz * b2 + gz * c2;"""
+    )
+    congruence_adjoint_s = """
         float p0 = gx * r@0 + gxy * r@3 + gxz * r@6, p1 = gx * r@1 + gxy * r@4 + gxz * r@7;
         float p2 = gx * r@2 + gxy * r@5 + gxz * r@8;
         float q0 = gxy * r@0 + gy * r@3 + gyz * r@6, q1 = gxy * r@1 + gy * r@4 + gyz * r@7;
@@ -127,10 +141,18 @@ def functions(bundle: Bundle) -> dict:
         adj_s@2 += 0.5f * (r@2 * p2 + r@5 * q2 + r@8 * t2);
         adj_s@3 += r@0 * p1 + r@3 * q1 + r@6 * t1;
         adj_s@4 += r@0 * p2 + r@3 * q2 + r@6 * t2;
-        adj_s@5 += r@1 * p2 + r@4 * q2 + r@7 * t2;""",
+        adj_s@5 += r@1 * p2 + r@4 * q2 + r@7 * t2;"""
+
+    @bundle.func_native(
+        6,
+        re.sub(r"S(\d)", r"s@\1", congruence_forward),
+        re.sub(r"S(\d)", r"s@\1", congruence_adjoint) + congruence_adjoint_s,
     )
     def congruence(r: Mat, s: Sym) -> Sym:
         """R S R^T."""
+
+    @bundle.func_native(6, *(re.sub(r"S(\d)", constant, x) for x in (congruence_forward, congruence_adjoint)))
+    def congruence_constant(r: Mat, k: wp.mat33) -> Sym: ...
 
     @bundle.func_native(
         3,
