@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pwm_fast.data.episodes import EpisodeStore
+from pwm_fast.envs import registry
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig, preset
 from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig
 from pwm_fast.models.policy import Policy
@@ -153,10 +154,8 @@ def make_job(
     """A job for one task and several seeds.
 
     `start`: actors imitate the best of the data first ("cloned"), or are random ("scratch").
-    Raises ValueError where model, data and task do not fit each other.
+    Raises ValueError where model, data and task do not fit each other, StoreError for data with NaN.
     """
-    from pwm_fast.envs import registry
-
     row = registry.get(task)
     want = (row.obs_dim, row.action_dim)
     found = (world_model.config.obs_dim, world_model.config.action_dim)
@@ -171,6 +170,7 @@ def make_job(
             f"the data has {data.obs_dim} observations and {data.action_dim} actions, task {task} has {want[0]} and "
             f"{want[1]}: is it another task's?"
         )
+    data.statistics()  # reads all of it, so that a NaN is found before work begins
     if start == "cloned":
         extraction = replace(extraction, **CLONED)
     if extraction.terminations and not world_model.has_termination:
