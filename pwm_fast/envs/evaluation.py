@@ -87,11 +87,10 @@ def _run(env: Any, policy_fn: Policy, episodes: int, seed: int, episode_length: 
             break
     if not record:
         return EpisodeResults(returns, lengths)
-    whole = [_episode(history, e, int(lengths[e]), bool(fell[e])) for e in range(episodes)]
+    seen = np.stack([*(step[0] for step in history), history[-1][3]], 1)  # [N, T + 1, S]
+    acted, earned = (np.stack([step[column] for step in history], 1) for column in (1, 2))  # [N, T, ...]
+    whole = [
+        Episode(seen[e, : n + 1].copy(), acted[e, :n].copy(), earned[e, :n].copy(), bool(fell[e]))
+        for e, n in enumerate(lengths)
+    ]
     return EpisodeResults(returns, lengths, whole, np.stack(poses) if poses else None)
-
-
-def _episode(history: list[tuple], env: int, length: int, terminated: bool) -> Episode:
-    """Environment ``env``'s first ``length`` steps of the batch's history."""
-    obs, action, reward = (np.stack([step[column][env] for step in history[:length]]) for column in range(3))
-    return Episode(np.concatenate([obs, history[length - 1][3][env][None]]), action, reward, terminated)

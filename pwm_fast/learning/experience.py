@@ -7,30 +7,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from pwm_fast.data.collect import derived_seed
+from pwm_fast.data.collect import derived_seed, one_torch_thread
 from pwm_fast.envs.registry import Task
 from pwm_fast.models.policy import Policy
 
-WINDOWS, STARTS, ACTIONS = range(3)  # streams of random numbers
+WINDOWS, STARTS, ACTIONS, ENVIRONMENT = range(4)  # streams of random numbers
 
 
 class Experience:
     """A ring of the last `capacity` steps (all environments together) of P policies in `num_envs` environments each.
 
     The environments are a Gymnasium VectorEnv with next-step autoreset. Its step after an episode's end only resets: it
-    is no transition and no window crosses it. Random draws depend on (seed, step) alone. Raises ValueError for counts
-    below 1.
+    is no transition and no window crosses it. `episode_length` cuts episodes shorter than the task does. Random draws
+    depend on (seed, step) alone. Raises ValueError for counts below 1.
     """
 
     def __init__(
-        self, task: Task, policies: int, num_envs: int, capacity: int, seed: int = 0, threads: int | None = None
+        self,
+        task: Task,
+        policies: int,
+        num_envs: int,
+        capacity: int,
+        seed: int = 0,
+        threads: int | None = None,
+        episode_length: int | None = None,
     ):
         for name, value in (("policies", policies), ("num_envs", num_envs), ("capacity", capacity)):
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         self.policies, self.num_envs, self.seed = policies, num_envs, seed
         width = policies * num_envs
-        self.env = task.make_vector(width, seed=derived_seed(seed, ACTIONS), threads=threads)
+        seed_of_env = derived_seed(seed, ENVIRONMENT)
+        self.env = task.make_vector(width, seed=seed_of_env, threads=threads, episode_length=episode_length)
         self.rows = (
             max(-(-capacity // width), 2) + 1
         )  # of the ring, which holds the observation after the last step too
@@ -47,6 +55,7 @@ class Experience:
         """Steps kept per environment."""
         return min(self.steps, self.rows - 1)
 
+    @one_torch_thread()
     def practise(self, policies: list[Policy], steps: int) -> float:
         """Let every policy act `steps` times in each of its environments, with sampled actions; mean reward."""
         total = 0.0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.baselines.cloning import clone
+from pwm_fast.data.collect import derived_seed, one_torch_thread
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate
@@ -36,11 +37,12 @@ Timed = Callable[[str], AbstractContextManager[Any]]
 class RoundConfig:
     """What one round does. `model_steps` = 0 keeps the world model frozen, and the policies out of the environment."""
 
-    cycles: int = 10
+    cycles: int = 20
     extraction_steps: int = 1  # a cycle
     model_steps: int = 8  # a cycle
     practice_steps: int = 32  # a cycle, in each environment
     practice_envs: int = 64  # per policy
+    practice_length: int = 200  # steps of a practice episode: beginnings, where most falls are, come often
     warm_up_steps: int = 640  # of practice before the first cycle
     capacity: int = 65_536  # transitions of practice that are kept
     grounded: bool = True  # extract along real trajectories, else in imagination from real states
@@ -48,13 +50,14 @@ class RoundConfig:
     model_lr: float = 5e-4
     encoder_lr_scale: float = 0.0  # a still encoder keeps latents, so actors and critics, valid
     new_windows: float = 0.5  # share of the model's windows that come from practice
-    evaluation_episodes: int = 16
+    evaluation_episodes: int = 64
     critic_episodes: int = 48  # with sampled actions: what a clone's critics start from
     rollback: float = 0.5  # a clone below this share of its best real return goes back to that best
 
     def __post_init__(self) -> None:
         least = {"cycles": 1, "extraction_steps": 1, "model_steps": 0, "practice_steps": 1, "practice_envs": 1}
-        for name, smallest in (least | {"evaluation_episodes": 1, "critic_episodes": 1}).items():
+        least |= {"practice_length": 1, "evaluation_episodes": 1, "critic_episodes": 1}
+        for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be >= {smallest}, got {getattr(self, name)}")
 
@@ -94,8 +97,9 @@ class ExtractionRounds:
         if config.model_steps:
             least = population * config.practice_envs * self._longest
             self.experience = Experience(
-                self.task, population, config.practice_envs, max(config.capacity, least), seed + 1, threads
-            )
+                self.task, population, config.practice_envs, max(config.capacity, least), seed + 1, threads,
+                config.practice_length,
+            )  # fmt: skip
         self._old = WindowSampler(data, usual.horizon, seed=seed, partial=True)
         self._model = Pretraining(
             world_model,
@@ -293,6 +297,7 @@ def returns_to_go(episode: Episode, gamma: float) -> np.ndarray:
     return out
 
 
+@one_torch_thread()
 def real_episodes(
     task: str,
     policies: list[Policy],
@@ -302,9 +307,12 @@ def real_episodes(
     draw: int,
     threads: int | None,
 ) -> list[list[Episode]]:
-    """For every policy `judged` episodes with mean actions, then `explored` with sampled ones, all side by side."""
+    """For every policy `judged` episodes with mean actions, then `explored` with sampled ones, all side by side.
+
+    Start states are new in every `draw`: the best of many looks at the same ones would be the luckiest there.
+    """
     each = judged + explored
-    generators = [torch.Generator().manual_seed(1_000_003 * (seed + 1) + 1009 * draw + i) for i in range(len(policies))]
+    generators = [torch.Generator().manual_seed(derived_seed(seed, draw, i)) for i in range(len(policies))]
 
     def act(obs: np.ndarray) -> np.ndarray:
         out = []
@@ -315,7 +323,7 @@ def real_episodes(
                 out.append(policy.act(rows[judged:], deterministic=False, generator=generators[i]))
         return torch.cat(out).numpy()
 
-    results = evaluate(task, act, each * len(policies), seed, record=True, threads=threads)
+    results = evaluate(task, act, each * len(policies), derived_seed(seed, draw), record=True, threads=threads)
     assert results.episodes is not None
     return [results.episodes[i * each : (i + 1) * each] for i in range(len(policies))]
 

@@ -113,12 +113,13 @@ def test_a_frozen_policy_does_not_depend_on_who_shares_the_batch(job):
 def test_real_episodes_judge_mean_actions_and_explore_with_sampled_ones(tiny_policies):
     found = real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=0, threads=1)
     assert [len(f) for f in found] == [5, 5]
-    again = real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=1, threads=1)
+    again, other = (real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=draw, threads=1) for draw in (0, 1))
     judged, explored = found[0][0], found[0][3]
     np.testing.assert_allclose(judged.action, tiny_policies[0].act(judged.obs[:-1]), atol=1e-6)
     assert np.abs(explored.action - tiny_policies[0].act(explored.obs[:-1])).max() > 0.1
     np.testing.assert_array_equal(judged.reward, again[0][0].reward)
-    assert not np.array_equal(explored.action[0], again[0][3].action[0])
+    np.testing.assert_array_equal(explored.action, again[0][3].action)
+    assert not np.array_equal(judged.obs[0], other[0][0].obs[0])
 
 
 def test_the_gauge_is_imagined_over_real_reward(tiny_world_model, tiny_policies):

@@ -62,6 +62,7 @@ class DifferentiableEnv:
         stochastic_reset: bool = True,
         action_in_obs: bool | None = None,
         recentre: bool = True,
+        episode_length: int | None = None,
     ):
         self.task = get_task(task)
         self.model = load_model(self.task.model)
@@ -70,7 +71,7 @@ class DifferentiableEnv:
             raise ValueError(f"device must be 'cpu', got {device!r}: the robots run on CPU threads")
         self.simulator = Simulator(self.model, num_envs, self.task.substeps, self.task.refresh, threads)
         self.num_envs, self.obs_dim, self.action_dim = num_envs, self.task.obs_dim, self.task.action_dim
-        self.episode_length = self.task.episode_length
+        self.episode_length = episode_length or self.task.episode_length
         self.early_termination, self.stochastic_reset = early_termination, stochastic_reset
         self.action_in_obs, self.recentre = action_in_obs, recentre
         self.generator = torch.Generator().manual_seed(seed)
