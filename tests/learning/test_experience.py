@@ -114,3 +114,11 @@ def test_what_cannot_be_drawn_is_refused(tiny_policies):
     other = experience(tiny_policies, capacity=60)
     with pytest.raises(ValueError, match="saved experience's obs has shape"):
         other.load_state_dict(ring.state_dict())
+
+
+def test_practice_episodes_may_be_shorter_than_the_tasks(tiny_policies):
+    ring = Experience(HOPPER, 2, 3, 1000, seed=3, threads=1, episode_length=10)
+    ring.practise(tiny_policies, 40)
+    ends = np.flatnonzero(ring.ended[:40, 0])
+    assert len(ends) >= 3 and np.diff(ends, prepend=-2).max() <= 11  # ten steps and the reset
+    assert (ring.ended & ~ring.terminated)[:40].any()
