@@ -20,7 +20,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "learning"))
-from naive import NaiveExtraction
+from naive_dynamics import NaiveExtraction
 
 from pwm_fast import backend
 from pwm_fast.kernels import linear

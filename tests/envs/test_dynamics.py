@@ -1,6 +1,6 @@
 """The dynamics against their plain float64 definition, in states that the recorded trajectories do not reach."""
 
-import naive
+import naive_dynamics as naive
 import pytest
 import torch
 from recorded import TASKS, TOLERANCES
