@@ -22,7 +22,7 @@ class Tolerance(NamedTuple):
 
 
 # q, qd: the worst errors that a float64 rebuild shows against the recorded float32, so most of each is the recording's
-# own rounding. ANYmal's recording was summed in another order than our bundles; against float64 (naive.py) the
+# own rounding. ANYmal's recording was summed in another order than our bundles; against float64 (naive_dynamics.py) the
 # recording is off by 3.9e-7, 2.1e-5 and ours by 4.7e-7, 1.8e-5; the two are 4.5e-7, 1.5e-5 apart.
 TOLERANCES = {
     "hopper": Tolerance(2e-7, 5e-6, 1e-5, 3e-4, 1e-4),
