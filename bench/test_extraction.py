@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "learning"))
-from naive_dynamics import NaiveExtraction
+from naive import NaiveExtraction
 
 from pwm_fast import backend
 from pwm_fast.kernels import linear
@@ -32,15 +32,6 @@ pytestmark = pytest.mark.timeout(0)  # a busy machine may take an hour; the figu
 
 OBS_DIM, ACTION_DIM, TASKS, TASK_DIM = 39, 6, 80, 96
 MIN_COSINE = 0.99999
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Times of one thread, in CPU seconds, mean the same on every machine and under any load."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_world_model(size: str) -> WorldModel:

@@ -9,7 +9,7 @@ thread, torch and native in turn, the fastest of each, so other work on the mach
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -26,14 +26,6 @@ pytestmark = [
     pytest.mark.benchmark(timer=time.process_time, min_rounds=3, max_time=0.1, warmup=False),
 ]
 GRID = (-10.0, 10.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def fastest(*calls: Callable[[], object], rounds: int = 7) -> list[float]:

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,6 @@ ROUNDS = 8
 SETTLE = 60  # steps after which most robots touch the ground
 MEMORY_LIMIT = 100e6  # bytes of a 16-step backward of 64 humanoids
 PROTOTYPE = os.environ.get("PWM_FAST_PROTOTYPE")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The simulator has threads of its own; torch's would only get in their way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

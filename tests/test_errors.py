@@ -127,4 +127,4 @@ def test_a_closed_pipe_is_no_error():
 
 def test_an_error_without_text_has_its_name():
     assert one_line(ValueError()) == "ValueError"
-    assert one_line(OSError(13, os.strerror(13), "/root/x")) == "Permission denied: /root/x"
+    assert one_line(OSError(13, os.strerror(13), "/srv/x")) == "Permission denied: /srv/x"

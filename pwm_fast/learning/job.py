@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig, preset
-from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig
+from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig, Timed
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
@@ -82,13 +83,13 @@ class Job:
         report: Report = lambda row: None,
         on_step: Callable[[int], None] = lambda step: None,
         stop: Callable[[], bool] = lambda: False,
-        phase: Callable[[str], Any] | None = None,
+        timed: Timed = lambda name: nullcontext(),
     ) -> bool:
         """Rounds until the budget is spent; True then, False if `stop` asked to end before.
 
         `report` is called at the end of every round, when the state is consistent and may be saved.
         """
-        rounds, timed = self.rounds, phase or _untimed
+        rounds = self.rounds
         begun, before = time.monotonic(), self.seconds
 
         def spent() -> bool:
@@ -128,15 +129,6 @@ class Job:
         self.rounds.load_state_dict(state["rounds"])
         self.seconds = float(state["seconds"])
         self._schedule()
-
-
-class _untimed:
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 def make_job(
