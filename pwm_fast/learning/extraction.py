@@ -43,6 +43,7 @@ class ExtractionConfig:
     actor_lr: float = 5e-4
     actor_delay: int = 0  # steps at the start in which only the critics learn (for actors that were not random)
     actor_max_norm: float = 1.0
+    actor_average: float = 0.0  # weight of the past in `Extraction.average` (not in the paper); 0: the actor itself
     critic_units: tuple[int, ...] = (400, 200)
     num_critics: int = 3
     critic_lr: float = 5e-4
@@ -57,7 +58,7 @@ class ExtractionConfig:
         for name in ("horizon", "batch_size", "num_critics", "critic_epochs", "critic_minibatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("gamma", "td_lambda"):
+        for name in ("gamma", "td_lambda", "actor_average"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         for name in ("actor_lr", "critic_lr", "final_lr", "actor_max_norm", "critic_max_norm"):
@@ -125,6 +126,7 @@ class Extraction:
         self.critic = Critic(self.seeds, w.latent_dim, c.num_critics, c.critic_units, **options)
         self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)
         self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
+        self.average = self.actor.parameters.flat.clone()  # [P, n]: the actors, averaged over their last steps
         self._workspace = Workspace()
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -233,6 +235,7 @@ class Extraction:
         rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
         norm = self.actor_adam.step(rate, c.actor_max_norm, active)
         self.diverged |= ~(active & torch.isfinite(norm))
+        self.average.lerp_(self.actor.parameters.flat, 1 - c.actor_average)
         metrics = {
             "actor_loss": loss,
             "actor_grad_norm": norm,
@@ -319,9 +322,9 @@ class Extraction:
             shuffled = y.reshape(-1)[order]
             yield from zip(place.tensor_split(c.critic_minibatches, 1), shuffled.tensor_split(c.critic_minibatches, 1))
 
-    def policies(self) -> list[Policy]:
-        """The policies as they are now, independent copies."""
-        out = []
+    def policies(self, averaged: bool = False) -> list[Policy]:
+        """The policies as they are now, or averaged over their last steps; independent copies."""
+        out, rows = [], self.average if averaged else self.actor.parameters.flat
         for i, task in enumerate(self.tasks):
             layers = [
                 FrozenLayer(s.weight, s.bias[i if len(s.bias) > 1 else 0][None], s.activation, s.ln_weight, s.ln_bias)
@@ -329,7 +332,7 @@ class Extraction:
             ]
             actor = Actor([0], self.world_config.latent_dim, self.world_config.action_dim, self.config.actor_units,
                           self._dtype, self._device)  # fmt: skip
-            actor.parameters.load(0, self.actor.parameters.tensors(i))
+            actor.parameters.flat[0].copy_(rows[i])
             out.append(Policy(layers, actor, self._describe(i, task)))
         return out
 
@@ -363,6 +366,7 @@ class Extraction:
             "iteration": self.iteration.clone(),
             "diverged": self.diverged.clone(),
             "actor": self.actor.parameters.flat.clone(),
+            "average": self.average.clone(),
             "critic": self.critic.parameters.flat.clone(),
             "actor_adam": self.actor_adam.state_dict(),
             "critic_adam": self.critic_adam.state_dict(),
@@ -377,7 +381,7 @@ class Extraction:
         for name in ("config", "seeds"):
             if mine[name] != state[name]:
                 raise ValueError(f"the extraction state has {name} {state[name]}, this run has {mine[name]}")
-        for name in ("actor", "critic"):
+        for name in ("actor", "average", "critic"):
             if mine[name].shape != state[name].shape:
                 raise ValueError(
                     f"the extraction state's {name} has shape {tuple(state[name].shape)}, "
@@ -387,6 +391,7 @@ class Extraction:
         self.iteration.copy_(state["iteration"])
         self.diverged.copy_(state["diverged"])
         self.actor.parameters.flat.copy_(state["actor"])
+        self.average.copy_(state["average"])
         self.critic.parameters.flat.copy_(state["critic"])
         self.actor_adam.load_state_dict(state["actor_adam"])
         self.critic_adam.load_state_dict(state["critic_adam"])

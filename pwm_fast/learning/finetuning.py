@@ -116,6 +116,7 @@ class ExtractionRounds:
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
         clone(self.extraction, self.world_model, self._data)
+        self.extraction.average.copy_(self.extraction.actor.parameters.flat)
         self.cloned = True
 
     def fit_critics(self, episodes: list[list[Episode]]) -> None:
@@ -181,7 +182,7 @@ class ExtractionRounds:
         the same episodes; far above 1 is the sign of an exploited model.
         """
         c = self.config
-        policies = self.extraction.policies()
+        policies = self.extraction.policies(averaged=True)
         explored = c.critic_episodes if self.cloned and self.rounds_done == 0 else 0
         episodes = real_episodes(
             self.task.name, policies, c.evaluation_episodes, explored, self.seed + 1, self.rounds_done, self.threads
@@ -210,9 +211,10 @@ class ExtractionRounds:
         learner = self.extraction
         if real > self.best_return[i]:
             self.best_return[i], self.best_policy[i] = real, policy.tensors()
-            self._best_actor[i] = learner.actor_adam.snapshot(i)
+            self._best_actor[i] = learner.actor_adam.snapshot(i) | {"value": learner.average[i].clone()}
         elif self.cloned and real < self.config.rollback * self.best_return[i]:
             learner.actor_adam.restore(i, self._best_actor[i])
+            learner.average[i] = self._best_actor[i]["value"]
             self.rollbacks[i] += 1
 
     def diverged(self) -> np.ndarray:

@@ -249,6 +249,24 @@ def test_learning_rate_falls_linearly_to_its_final_value() -> None:
     assert rates == pytest.approx([5e-4, (5e-4 + 1e-5) / 2, 1e-5, 1e-5])
 
 
+def test_averaged_policies_are_exponential_averages_of_the_actors() -> None:
+    ext = extraction(world_model(), 2, actor_average=0.75, actor_lr=1e-2)
+    mean = ext.actor.parameters.flat.clone()
+    for step in range(3):
+        ext.step(start_obs(ext, step))
+        mean = 0.75 * mean + 0.25 * ext.actor.parameters.flat
+    torch.testing.assert_close(ext.average, mean)
+    last, averaged = ext.policies()[1].tensors(), ext.policies(averaged=True)[1].tensors()
+    assert not torch.equal(last["actor.0.weight"], averaged["actor.0.weight"])
+    torch.testing.assert_close(averaged["actor.0.weight"], ext.average[1, : 12 * 16].view(12, 16))
+
+
+def test_without_averaging_the_average_is_the_actor() -> None:
+    ext = extraction(world_model(), 2)
+    ext.step(start_obs(ext))
+    assert torch.equal(ext.average, ext.actor.parameters.flat)
+
+
 def test_numpy_start_observations() -> None:
     ext, same = extraction(world_model(), policies=2), extraction(world_model(), policies=2)
     ext.step(start_obs(ext))
