@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pwm_fast.kernels import td_lambda
 from pwm_fast.learning import noise as counter_noise
 from pwm_fast.learning.imagination import Imagination, Rollout
 from pwm_fast.learning.optim import Adam, linear_schedule
 from pwm_fast.learning.returns import ReturnStatistics, imagined_return
-from pwm_fast.models.critic import Critic
+from pwm_fast.models.critic import VALUE_ROWS, Critic
 from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.policy import FORMAT, Actor, Policy
 from pwm_fast.models.workspace import Workspace
@@ -287,9 +288,10 @@ class Extraction:
         Bootstrapping from untrained critics takes hundreds of steps to reach values of hundreds; returns of real
         episodes of the same policy put them there at once, by least squares in the last layers and then by gradient.
         """
-        for p, (rows, value) in enumerate(zip(obs, target)):
-            z = self.imagination.encoder.forward(rows.to(self._device, self._dtype)[None])[0]
-            self.critic.fit_last_layer(p, z[0], value.to(self._device, self._dtype))
+        padded = pad_sequence(list(obs), True), pad_sequence(list(target), True)
+        there = pad_sequence([torch.ones(len(rows)) for rows in obs], True)
+        parts = zip(*(x.to(self._device, self._dtype).split(VALUE_ROWS, 1) for x in (*padded, there)))
+        self.critic.fit_last_layers((self.imagination.encoder.forward(rows)[0], *rest) for rows, *rest in parts)
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         active, lr, loss = ~self.diverged, self.learning_rate(self.config.critic_lr), torch.zeros(len(self.seeds))
         for _ in range(steps):

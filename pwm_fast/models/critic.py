@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -52,19 +54,25 @@ class Critic:
         """Overwrite the parameters' gradients. dv [P, K, R]."""
         self.mlp.backward(dv.reshape(self.mlp.members, -1, 1), saved, workspace)
 
-    def fit_last_layer(self, policy: int, z: Tensor, value: Tensor, ridge: float = 1e-3) -> None:
-        """Set one policy's last layers to the least-squares fit of values [R] in latents [R, Z]."""
-        mine = slice(policy * self.num_critics, (policy + 1) * self.num_critics)
-        _, activations = self.mlp.forward(z[None].expand(self.policies, -1, -1).contiguous())
-        features = activations.last[mine].double()  # [K, R, F]
-        middle, mean = features.mean(1, keepdim=True), value.double().mean()
-        features = features - middle
-        gram = features.mT @ features + ridge * features.shape[1] * torch.eye(features.shape[2], device=z.device)
-        right = features.mT @ (value.double() - mean)[:, None]
-        weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram))  # [K, F, 1]
-        last = self.mlp.depth - 1
-        self.parameters[f"{last}.weight"][mine] = weight.mT.to(z.dtype)
-        self.parameters[f"{last}.bias"][mine] = (mean - (middle @ weight)[:, 0]).to(z.dtype)
+    def fit_last_layers(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float = 1e-3) -> None:
+        """Set the last layers to the least-squares fit of values, in batches of latents [P, R, Z], values and 0/1
+        weights [P, R] (0: a row that is not there)."""
+        width, last, workspace = self.mlp.widths[-2], self.mlp.depth - 1, Workspace()
+        like = self.parameters.flat
+        moments = torch.zeros(self.mlp.members, width + 1, width + 2, dtype=torch.float64, device=like.device)
+        for z, value, weight in batches:
+            features = self.forward(z, workspace)[1].last.double()  # [P * K, R, F]
+            value, weight = (x.double().repeat_interleave(self.num_critics, 0)[..., None] for x in (value, weight))
+            left = torch.cat([features, torch.ones_like(value)], 2) * weight
+            moments += left.mT @ torch.cat([left, value * weight], 2)
+        count, total = moments[:, -1:, width : width + 1], moments[:, -1:, -1:]
+        middle = moments[:, :width, width : width + 1] / count
+        gram = moments[:, :width, :width] - count * middle @ middle.mT
+        gram += ridge * count * torch.eye(width, dtype=torch.float64, device=like.device)
+        right = moments[:, :width, -1:] - middle * total
+        solution = torch.cholesky_solve(right, torch.linalg.cholesky(gram))  # [P * K, F, 1]
+        self.parameters[f"{last}.weight"].copy_(solution.mT)
+        self.parameters[f"{last}.bias"].copy_((total / count - middle.mT @ solution)[:, 0])
 
     def input_gradient(self, dv: Tensor, saved: Activations) -> Tensor:
         """Gradient [P, R, Z] of sum(dv * V) with respect to the latents. dv [P, K, R]."""
