@@ -52,7 +52,7 @@ class RoundConfig:
     new_windows: float = 0.5  # share of the model's windows that come from practice
     evaluation_episodes: int = 64
     critic_episodes: int = 48  # with sampled actions: what a clone's critics start from
-    rollback: float = 0.5  # a clone below this share of its best real return goes back to that best
+    rollback: float = 0.97  # a clone below this share of its best real return goes back to that best
 
     def __post_init__(self) -> None:
         least = {"cycles": 1, "extraction_steps": 1, "model_steps": 0, "practice_steps": 1, "practice_envs": 1}

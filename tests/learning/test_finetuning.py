@@ -186,9 +186,10 @@ def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
         rounds._keep_best(i, 100.0, policies[i])
     before = [p.tensors() for p in learner.policies()]
     learner.actor.parameters.flat.add_(1.0)
-    rounds._keep_best(0, 49.0, policies[0])  # below half: back
-    rounds._keep_best(1, 51.0, policies[1])  # not below: stays as it is now
+    rounds._keep_best(0, 96.0, policies[0])  # below 97%: back
+    rounds._keep_best(1, 98.0, policies[1])  # not below: stays as it is now
     after = [p.tensors() for p in learner.policies()]
     assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
     assert not torch.equal(after[1]["actor.0.weight"], before[1]["actor.0.weight"])
+    assert torch.equal(learner.average[0], learner.actor.parameters.flat[0])
     assert rounds.rollbacks.tolist() == [1, 0]
