@@ -15,7 +15,7 @@ from torch import Tensor
 from pwm_fast.kernels.ahead_of_time import Compilation
 from pwm_fast.kernels.triton_support import jit, tl, triton
 
-SHORTEST_STRIP = 16  # rows: least work per program where strips are summed
+SHORTEST_STRIP = 16  # rows: least work per program where strips are summed, if there are as many
 STRIPS = 128  # at most, about one per multiprocessor of a large GPU
 
 
@@ -38,9 +38,10 @@ class RowTile(NamedTuple):
         return {"WIDTH": self.width, "ROWS": self.rows}
 
 
-def strip_of(rows: int) -> int:
+def strip_of(rows: int, tile_rows: int) -> int:
     """Rows per strip: a power of two, so that few kernels are compiled, and a whole number of tiles."""
-    return max(SHORTEST_STRIP, triton.next_power_of_2(triton.cdiv(rows, STRIPS)))
+    longest = max(SHORTEST_STRIP, triton.next_power_of_2(triton.cdiv(rows, STRIPS)))
+    return max(tile_rows, min(longest, triton.next_power_of_2(max(rows, 1))))
 
 
 @jit
@@ -122,7 +123,7 @@ def launch_backward(
     if groups * columns == 0:
         return
     tile, weights = RowTile.of(columns), dw is not None
-    strip = strip_of(rows) if weights else tile.rows
+    strip = strip_of(rows, tile.rows) if weights else tile.rows
     strips = max(1, triton.cdiv(rows, strip))  # one empty strip gives the zero sum of no rows
     sums = dx.new_empty(groups, strips, 2, columns, dtype=torch.float32) if weights else dx
     constants |= {"WEIGHTS": weights, "STRIP": strip}
@@ -149,10 +150,9 @@ def row_compilations(
             fixed: dict[str, Any] = {"N": columns, **tile.constants, **choice, **constants}
             if choice:
                 fixed["STRIP"] = SHORTEST_STRIP if choice["WEIGHTS"] else tile.rows
-            signature = {name: known.get(name, f"*{dtype}") for name in names.split()}
-            signature |= dict.fromkeys(fixed, "constexpr")
+            types = {name: known.get(name, f"*{dtype}") for name in names.split()}
             title = f"{kernel.__name__} {dtype} {columns}{' weights' if choice.get('WEIGHTS') else ''}"
-            found.append(Compilation(title, kernel, signature, fixed, tile.warps))
+            found.append(Compilation(title, kernel, types, fixed, tile.warps))
     return found
 
 
@@ -160,7 +160,7 @@ COMPILATIONS = [
     Compilation(
         "add_strips 512",
         add_strips_kernel,
-        {"sums": "*fp32", "dw": "*fp32", "db": "*fp32", "strips": "i32"} | dict.fromkeys(("N", *ADD), "constexpr"),
+        {"sums": "*fp32", "dw": "*fp32", "db": "*fp32", "strips": "i32"},
         {"N": 512, **ADD},
     )
 ]
