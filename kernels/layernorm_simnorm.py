@@ -87,6 +87,14 @@ def backward_torch(
 
 
 @jit
+def simnorm_tile(x, WIDTH: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """`simnorm` of a tile [ROWS, WIDTH]. No group is partly beyond the end of the row."""
+    groups = tl.reshape(x, [ROWS, WIDTH // GROUP, GROUP])
+    share = tl.exp(groups - tl.max(groups, 2)[:, :, None])
+    return tl.reshape(share / tl.sum(share, 2)[:, :, None], [ROWS, WIDTH])
+
+
+@jit
 def layernorm_simnorm_forward_kernel(
     x, w, b, y, mean, rstd, R, eps, N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr
 ):
@@ -96,22 +104,21 @@ def layernorm_simnorm_forward_kernel(
     shift = load_row(b, N, WIDTH)
     value = load_tile(x, start, offsets, inside)
     centre, scale = row_statistics_tile(value, inside, N, eps)
-    logits = (value - centre[:, None]) * scale[:, None] * gain + shift
-    logits = tl.reshape(logits, [ROWS, WIDTH // GROUP, GROUP])  # groups never straddle the row's end
-    share = tl.exp(logits - tl.max(logits, 2)[:, :, None])
-    share = share / tl.sum(share, 2)[:, :, None]
-    tl.store(y + start + offsets, tl.reshape(share, [ROWS, WIDTH]), mask=inside)
+    normalised = (value - centre[:, None]) * scale[:, None]
+    share = simnorm_tile(normalised * gain + shift, WIDTH, ROWS, GROUP)
+    tl.store(y + start + offsets, share, mask=inside)
     tl.store(mean + row, centre, mask=exists)
     tl.store(rstd + row, scale, mask=exists)
 
 
 @jit
 def layernorm_simnorm_backward_kernel(
-    dy, y, x, mean, rstd, w, dx, sums, R,
+    dy, x, mean, rstd, w, b, dx, sums, R,
     N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, STRIP: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     gain = load_row(w, N, WIDTH)
+    shift = load_row(b, N, WIDTH)
     dw = tl.zeros([WIDTH], tl.float32)
     db = tl.zeros([WIDTH], tl.float32)
     for tile in range(0, STRIP, ROWS):
@@ -119,12 +126,12 @@ def layernorm_simnorm_backward_kernel(
         row, exists, start, offsets, inside = place_tile(first, R, N, WIDTH, ROWS)
         scale = tl.load(rstd + row, mask=exists, other=0.0).to(tl.float32)
         centre = tl.load(mean + row, mask=exists, other=0.0).to(tl.float32)
-        share = load_tile(y, start, offsets, inside)
+        normalised = renormalise_tile(load_tile(x, start, offsets, inside), inside, centre, scale)
+        share = simnorm_tile(normalised * gain + shift, WIDTH, ROWS, GROUP)
         weighted = load_tile(dy, start, offsets, inside) * share
         total = tl.sum(tl.reshape(weighted, [ROWS, WIDTH // GROUP, GROUP]), 2)[:, :, None]
         total = tl.reshape(tl.broadcast_to(total, [ROWS, WIDTH // GROUP, GROUP]), [ROWS, WIDTH])
         du = weighted - share * total
-        normalised = renormalise_tile(load_tile(x, start, offsets, inside), inside, centre, scale)
         dvalue = normalise_backward_tile(du * gain, normalised, scale, N)
         tl.store(dx + start + offsets, dvalue, mask=inside)
         if WEIGHTS:
@@ -145,28 +152,29 @@ def layernorm_simnorm_forward(
 @operator("dx", "dw", "db")
 def layernorm_simnorm_backward(
     dy: Tensor,
-    y: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     w: Tensor,
+    b: Tensor,
     dx: Tensor,
     dw: Tensor | None,
     db: Tensor | None,
     group: int,
 ) -> None:
-    """`backward` in Triton on contiguous tensors: reads dy, y and x and writes dx once, 16 bytes per float32 element.
+    """`backward` in Triton on contiguous tensors: reads dy and x and writes dx once, 12 bytes per float32 element.
 
+    The softmax is made again: it is cheaper than reading y, and does not carry the rounding of a bfloat16 y.
     dw and db come together or not at all; dx may be dy.
     """
-    launch_backward(layernorm_simnorm_backward_kernel, (dy, y, x, mean, rstd, w), dx, dw, db, GROUP=group)
+    launch_backward(layernorm_simnorm_backward_kernel, (dy, x, mean, rstd, w, b), dx, dw, db, GROUP=group)
 
 
 COMPILATIONS = row_compilations(
     layernorm_simnorm_forward_kernel,
     layernorm_simnorm_backward_kernel,
     "x w b y mean rstd R eps",
-    "dy y x mean rstd w dx sums R",
+    "dy x mean rstd w b dx sums R",
     [("fp32", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792), ("bf16", 512)],
     GROUP=8,
 )
@@ -226,10 +234,12 @@ def backward(
     `out`, where given, receives dx; it may be dy itself.
     """
     check_rows(x, w, b, (dy, y), (mean, rstd))
-    chosen, inputs = _backend(backend, group, dy, y, x, mean, rstd, w), (dy, y, x, mean, rstd, w)
+    chosen = _backend(backend, group, dy, y, x, mean, rstd, w)
     if chosen == "native":
+        inputs = (dy, y, x, mean, rstd, w)
         return native_backward(backends.native.layernorm_simnorm_backward, inputs, w, need_weight_grad, out)
     if chosen == "triton":
+        inputs = (dy, x, mean, rstd, w, b)
         return triton_backward(layernorm_simnorm_backward, inputs, w, need_weight_grad, group, out=out)
     with torch.no_grad():
         dx, dw, db = backward_torch(dy, y, x, mean, rstd, w, b, need_weight_grad, group)
