@@ -67,9 +67,7 @@ def compile_kernel(c: Compilation, arch: int) -> Resources:
     signature = c.signature | dict.fromkeys(c.constants, "constexpr")
     # As torch's allocations are: without it, loads would not be vectors.
     aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(c.kernel.arg_names)
-        if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(c.kernel.arg_names) if signature[name].startswith("*")
     }
     source = ASTSource(c.kernel, signature=signature, constexprs=c.constants, attrs=aligned)
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}

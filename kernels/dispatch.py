@@ -12,7 +12,7 @@ from pwm_fast.kernels.triton_support import refusal
 
 
 def backend_for(choice: str | None, *tensors: Tensor) -> str:
-    """"native", "triton" or "torch": what runs an op on `tensors`.
+    """What runs an op on `tensors`: "native", "triton" or "torch".
 
     `choice`: one of them, or None for the automatic choice (`pwm_fast.backend.resolve`, by the first one's device).
     Raises RuntimeError where the one asked for is missing, TypeError where it cannot take these tensors. What the

@@ -118,9 +118,7 @@ def layernorm_mish_backward_kernel(
 
 
 @operator("y", "mean", "rstd")
-def layernorm_mish_forward(
-    x: Tensor, w: Tensor, b: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> None:
+def layernorm_mish_forward(x: Tensor, w: Tensor, b: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
     """`forward` in Triton on contiguous tensors: reads x once and writes y once, 8 bytes per float32 element."""
     launch_forward(layernorm_mish_forward_kernel, x, w, b, y, mean, rstd, eps)
 

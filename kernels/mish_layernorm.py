@@ -116,9 +116,7 @@ def mish_layernorm_backward_kernel(
 
 
 @operator("y", "mean", "rstd")
-def mish_layernorm_forward(
-    x: Tensor, w: Tensor, b: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> None:
+def mish_layernorm_forward(x: Tensor, w: Tensor, b: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
     """`forward` in Triton on contiguous tensors: reads x once and writes y once, 8 bytes per float32 element."""
     launch_forward(mish_layernorm_forward_kernel, x, w, b, y, mean, rstd, eps)
 
