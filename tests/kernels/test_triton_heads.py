@@ -14,9 +14,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
 def draw(bins: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [3, 5, bins], targets [3, 5] (some beyond the grid), output gradients [3, 5]."""
-    generator = torch.Generator().manual_seed(bins)
-    logits, x, d = 3 * torch.randn(3, 5, bins, generator=generator), *torch.randn(2, 3, 5, generator=generator)
+    """logits [3, n, bins], targets [3, n] (some beyond the grid), output gradients [3, n]; n less for many bins."""
+    generator, shape = torch.Generator().manual_seed(bins), (3, 1 if bins > 1000 else 5)
+    logits, x, d = 3 * torch.randn(*shape, bins, generator=generator), *torch.randn(2, *shape, generator=generator)
     return tuple(t.to(TRITON_DEVICE, dtype) for t in (logits, 6 * x, d))
 
 

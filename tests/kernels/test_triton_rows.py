@@ -14,8 +14,8 @@ pytestmark = needs_triton
 # Inputs and results are rounded to the dtype, all arithmetic is float32: bfloat16 has 8 bits.
 FORWARD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
 BACKWARD_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
-SHAPES = [(1, 1, 1), (3, 3, 7), (1, 65, 101), (2, 3, 1023)]
-SIMNORM_SHAPES = [(1, 1, 8), (3, 3, 24), (1, 65, 104), (2, 3, 1016)]
+SHAPES = [(1, 1, 1), (3, 3, 7), (1, 65, 101), (2, 1, 1023)]  # tiles are slow in the interpreter
+SIMNORM_SHAPES = [(1, 1, 8), (3, 3, 24), (1, 65, 104), (2, 1, 1016)]
 KERNELS = [layernorm_mish, mish_layernorm, layernorm_simnorm]
 CASES = [(k, shape) for k in KERNELS for shape in (SIMNORM_SHAPES if k is layernorm_simnorm else SHAPES)]
 
