@@ -10,7 +10,8 @@ from pwm_fast.kernels import clip_adam, td_lambda, two_hot
 pytestmark = needs_triton
 GRID = (-10.0, 10.0)
 BETAS = (0.7, 0.95)
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+# One result in bfloat16 is off by up to 2^-7 of itself: the interpreter cuts off what a GPU rounds.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 
 
 def draw(bins: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
