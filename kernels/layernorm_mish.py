@@ -147,7 +147,7 @@ COMPILATIONS = row_compilations(
     layernorm_mish_backward_kernel,
     "x w b y mean rstd R eps",
     "dy x mean rstd w b dx sums R",
-    [("fp32", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792), ("bf16", 512)],
+    [("bf16", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792)],  # 512 has the tile of 400
 )
 
 

@@ -144,7 +144,7 @@ COMPILATIONS = row_compilations(
     mish_layernorm_backward_kernel,
     "x w b y mean rstd R eps",
     "dy x mean rstd w dx sums R",
-    [("fp32", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792), ("bf16", 512)],
+    [("bf16", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792)],  # 512 has the tile of 400
 )
 
 
