@@ -28,7 +28,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may use (CUDA
 
 @dataclass(frozen=True)
 class Compilation:
-    """One specialisation of a kernel: `signature` has a Triton type per argument ("*fp32", "i32", "constexpr")."""
+    """One specialisation of a kernel: `signature` has a Triton type per argument ("*fp32", "i32"), `constants` a value
+    for each that is known when compiling (their "constexpr" in the signature may be left out)."""
 
     name: str
     kernel: Any
@@ -38,6 +39,11 @@ class Compilation:
     num_stages: int = 3
     may_spill: int = 0  # bytes of local memory per thread that are tolerated; the reason stands beside it
     architectures: tuple[int, ...] = ARCHITECTURES
+
+
+def signature(names_of: dict[str, str]) -> dict[str, str]:
+    """A signature from names by type: {"*fp32": "x y", "i32": "rows"}."""
+    return {name: kind for kind, names in names_of.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,12 @@ def compile_kernel(c: Compilation, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(c.kernel, signature=c.signature, constexprs=c.constants)
+    signature = c.signature | dict.fromkeys(c.constants, "constexpr")
+    # As torch's allocations are: without it, loads would not be vectors.
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(c.kernel.arg_names) if signature[name].startswith("*")
+    }
+    source = ASTSource(c.kernel, signature=signature, constexprs=c.constants, attrs=aligned)
     options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -12,10 +12,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pwm_fast.kernels.dispatch import native_for
-from pwm_fast.kernels.layernorm import layernorm, normalise, normalise_backward, renormalise
-from pwm_fast.kernels.mish import mish, mish_forward, mish_slope
-from pwm_fast.kernels.rows import Backward, Forward, check_rows, into, native_backward, native_forward
+from pwm_fast import backend as backends
+from pwm_fast.kernels.dispatch import backend_for
+from pwm_fast.kernels.layernorm import (
+    layernorm,
+    normalise,
+    normalise_backward,
+    normalise_backward_tile,
+    renormalise,
+    renormalise_tile,
+    row_statistics_tile,
+)
+from pwm_fast.kernels.mish import mish, mish_and_slope_tile, mish_forward, mish_slope, mish_tile
+from pwm_fast.kernels.row_tiles import (
+    launch_backward,
+    launch_forward,
+    load_row,
+    load_tile,
+    place_tile,
+    row_compilations,
+    store_strip,
+)
+from pwm_fast.kernels.rows import (
+    Backward,
+    Forward,
+    check_rows,
+    into,
+    native_backward,
+    native_forward,
+    triton_backward,
+    triton_forward,
+)
+from pwm_fast.kernels.triton_support import jit, operator, tl
 
 
 def layernorm_mish(x: Tensor, w: Tensor, b: Tensor, eps: float = 1e-5) -> Tensor:
@@ -47,6 +75,82 @@ def backward_torch(
     return dx, (du * normalised).sum(1), du.sum(1)
 
 
+@jit
+def layernorm_mish_forward_kernel(
+    x, w, b, y, mean, rstd, R, eps, N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    first = tl.program_id(0) * ROWS
+    row, exists, start, offsets, inside = place_tile(first, R, N, WIDTH, ROWS)
+    gain = load_row(w, N, WIDTH)
+    shift = load_row(b, N, WIDTH)
+    value = load_tile(x, start, offsets, inside)
+    centre, scale = row_statistics_tile(value, inside, N, eps)
+    normalised = (value - centre[:, None]) * scale[:, None]
+    tl.store(y + start + offsets, mish_tile(normalised * gain + shift), mask=inside)
+    tl.store(mean + row, centre, mask=exists)
+    tl.store(rstd + row, scale, mask=exists)
+
+
+@jit
+def layernorm_mish_backward_kernel(
+    dy, x, mean, rstd, w, b, dx, sums, R,
+    N: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    gain = load_row(w, N, WIDTH)
+    shift = load_row(b, N, WIDTH)
+    dw = tl.zeros([WIDTH], tl.float32)
+    db = tl.zeros([WIDTH], tl.float32)
+    for tile in range(0, STRIP, ROWS):
+        first = tl.program_id(0) * STRIP + tile
+        row, exists, start, offsets, inside = place_tile(first, R, N, WIDTH, ROWS)
+        scale = tl.load(rstd + row, mask=exists, other=0.0).to(tl.float32)
+        centre = tl.load(mean + row, mask=exists, other=0.0).to(tl.float32)
+        normalised = renormalise_tile(load_tile(x, start, offsets, inside), inside, centre, scale)
+        _, slope = mish_and_slope_tile(normalised * gain + shift)
+        du = load_tile(dy, start, offsets, inside) * slope
+        dvalue = normalise_backward_tile(du * gain, normalised, scale, N)
+        tl.store(dx + start + offsets, dvalue, mask=inside)
+        if WEIGHTS:
+            dw += tl.sum(du * normalised, 0)
+            db += tl.sum(du, 0)
+    if WEIGHTS:
+        store_strip(sums, dw, db, N, WIDTH)
+
+
+@operator("y", "mean", "rstd")
+def layernorm_mish_forward(x: Tensor, w: Tensor, b: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> None:
+    """`forward` in Triton on contiguous tensors: reads x once and writes y once, 8 bytes per float32 element."""
+    launch_forward(layernorm_mish_forward_kernel, x, w, b, y, mean, rstd, eps)
+
+
+@operator("dx", "dw", "db")
+def layernorm_mish_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor,
+    b: Tensor,
+    dx: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """`backward` in Triton on contiguous tensors: reads dy and x and writes dx once, 12 bytes per float32 element.
+
+    dw and db come together or not at all; dx may be dy.
+    """
+    launch_backward(layernorm_mish_backward_kernel, (dy, x, mean, rstd, w, b), dx, dw, db)
+
+
+COMPILATIONS = row_compilations(
+    layernorm_mish_forward_kernel,
+    layernorm_mish_backward_kernel,
+    "x w b y mean rstd R eps",
+    "dy x mean rstd w b dx sums R",
+    [("bf16", 200), ("fp32", 400), ("fp32", 1024), ("fp32", 1792)],  # 512 has the tile of 400
+)
+
+
 def forward(
     x: Tensor,
     w: Tensor,
@@ -60,11 +164,13 @@ def forward(
     `out` holds tensors for these three, where given.
     """
     check_rows(x, w, b)
-    native = native_for(backend, x, w, b)
-    if native is None:
-        with torch.no_grad():
-            return into(out, forward_torch(x, w, b, eps))
-    return native_forward(native.layernorm_mish_forward, x, w, b, eps, out)
+    chosen = backend_for(backend, x, w, b)
+    if chosen == "native":
+        return native_forward(backends.native.layernorm_mish_forward, x, w, b, eps, out)
+    if chosen == "triton":
+        return triton_forward(layernorm_mish_forward, x, w, b, eps, out=out)
+    with torch.no_grad():
+        return into(out, forward_torch(x, w, b, eps))
 
 
 def backward(
@@ -83,12 +189,14 @@ def backward(
     `out`, where given, receives dx; it may be dy itself.
     """
     check_rows(x, w, b, (dy,), (mean, rstd))
-    native = native_for(backend, dy, x, mean, rstd, w)
-    if native is None:
-        with torch.no_grad():
-            dx, dw, db = backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
-            return into((out,), (dx,))[0], dw, db
-    return native_backward(native.layernorm_mish_backward, (dy, x, mean, rstd, w, b), w, need_weight_grad, out)
+    chosen, inputs = backend_for(backend, dy, x, mean, rstd, w), (dy, x, mean, rstd, w, b)
+    if chosen == "native":
+        return native_backward(backends.native.layernorm_mish_backward, inputs, w, need_weight_grad, out)
+    if chosen == "triton":
+        return triton_backward(layernorm_mish_backward, inputs, w, need_weight_grad, out=out)
+    with torch.no_grad():
+        dx, dw, db = backward_torch(dy, x, mean, rstd, w, b, need_weight_grad)
+        return into((out,), (dx,))[0], dw, db
 
 
 class _LayerNormMish(torch.autograd.Function):

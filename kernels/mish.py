@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pwm_fast.kernels.triton_support import jit, tl
+
 
 def mish(x: Tensor) -> Tensor:
     """The definition, elementwise."""
@@ -34,3 +36,20 @@ def mish_slope(x: Tensor) -> Tensor:
     n = e * (e + 2)
     r = 1 / (n + 2)
     return n * r + x * (4 * e * (e + 1) * r * r)
+
+
+@jit
+def mish_tile(x):
+    """`mish_forward` of a tile. NaN goes through: `minimum` loses it, the product with x brings it back."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+@jit
+def mish_and_slope_tile(x):
+    """Mish of a tile and its slope, from one exponential and one division."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    n = e * (e + 2)
+    r = 1 / (n + 2)
+    return x * (n * r), n * r + x * (4 * e * (e + 1) * r * r)

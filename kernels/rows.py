@@ -1,4 +1,5 @@
-"""What the row kernels (layernorm_mish, mish_layernorm, layernorm_simnorm) share: shape checks, calls of native code.
+"""What the row kernels (layernorm_mish, mish_layernorm, layernorm_simnorm) share: shape checks, calls of native and
+Triton code.
 
 Rows come grouped: x [G, R, N], weight and bias [G, N], statistics [G, R].
 """
@@ -33,11 +34,12 @@ def check_rows(
             raise ValueError(f"mean and rstd must be {(groups, rows)} for x {(*x.shape,)}, got {(*value.shape,)}")
 
 
-def _output(out: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
+def _output(out: Tensor | None, like: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or like.dtype
     if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if out.shape != shape or out.dtype is not like.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {like.dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    if out.shape != shape or out.dtype is not dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
     return out
 
 
@@ -71,4 +73,38 @@ def native_backward(
     dw, db = (_output(None, w, w.shape), _output(None, w, w.shape)) if need_weight_grad else (None, None)
     addresses = [t.data_ptr() if t is not None else 0 for t in (*inputs, dx, dw, db)]
     kernel(*addresses, *dy.shape, torch.get_num_threads())
+    return dx, dw, db
+
+
+@torch.no_grad()
+def triton_forward(
+    operator: Callable[..., None], x: Tensor, w: Tensor, b: Tensor, *options: float, out: Forward | None
+) -> Forward:
+    """Runs a registered forward operator. Statistics are float32 also of bfloat16 rows, unless `out` has them so."""
+    x, w, b = x.contiguous(), w.contiguous(), b.contiguous()
+    y, *statistics = out or (None, None, None)
+    y = _output(y, x, x.shape)
+    mean, rstd = (
+        _output(s, x, x.shape[:2], x.dtype if s is not None and s.dtype is x.dtype else torch.float32)
+        for s in statistics
+    )
+    operator(x, w, b, y, mean, rstd, *options)
+    return y, mean, rstd
+
+
+@torch.no_grad()
+def triton_backward(
+    operator: Callable[..., None],
+    inputs: tuple[Tensor, ...],
+    w: Tensor,
+    need_weight_grad: bool,
+    *options: float,
+    out: Tensor | None,
+) -> Backward:
+    """Runs a registered backward operator on its `inputs`, the first of which is dy [G, R, N]."""
+    inputs = tuple(t.contiguous() for t in inputs)
+    dy = inputs[0]
+    dx = _output(out, dy, dy.shape)
+    dw, db = (_output(None, w, w.shape), _output(None, w, w.shape)) if need_weight_grad else (None, None)
+    operator(*inputs, dx, dw, db, *options)
     return dx, dw, db

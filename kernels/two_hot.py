@@ -2,7 +2,7 @@
 
 The grid is linspace(vmin, vmax, num_bins). `encode` makes targets, `expectation` reads logits back as a scalar, and
 `cross_entropy` is the loss between logits and two-hot targets; each that has a gradient has an explicit backward.
-Rewards that span decades go through `symlog` before and `symexp` after.
+Rewards that span decades go through `symlog` before and `symexp` after; `log_scale` does the latter in one pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pwm_fast.kernels.dispatch import native_for
+from pwm_fast import backend as backends
+from pwm_fast.kernels import two_hot_triton
+from pwm_fast.kernels.dispatch import backend_for
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -58,9 +60,21 @@ def _bins(logits: Tensor, vmin: float, vmax: float) -> Tensor:
     return torch.linspace(vmin, vmax, logits.shape[-1], dtype=logits.dtype, device=logits.device)
 
 
-def two_hot_expectation(logits: Tensor, vmin: float, vmax: float) -> Tensor:
-    """The definition of `expectation`: softmax(logits) . linspace(vmin, vmax, num_bins)."""
-    return (torch.softmax(logits, -1) * _bins(logits, vmin, vmax)).sum(-1)
+@torch.no_grad()
+def encode_forward(x: Tensor, num_bins: int, vmin: float, vmax: float, backend: str | None = None) -> Tensor:
+    """`encode` in one pass where Triton runs; elsewhere the definition. No autograd graph."""
+    _check_grid(num_bins, vmin, vmax)
+    if backend_for(backend, x) != "triton":
+        return encode(x, num_bins, vmin, vmax)
+    rows = x.new_empty(*x.shape, num_bins)
+    two_hot_triton.two_hot_encode(x.contiguous(), rows, vmin, vmax)
+    return rows
+
+
+def two_hot_expectation(logits: Tensor, vmin: float, vmax: float, log_scale: bool = False) -> Tensor:
+    """The definition of `expectation`: softmax(logits) . linspace(vmin, vmax, num_bins), its symexp if `log_scale`."""
+    value = (torch.softmax(logits, -1) * _bins(logits, vmin, vmax)).sum(-1)
+    return symexp(value) if log_scale else value
 
 
 def two_hot_cross_entropy(logits: Tensor, x: Tensor, vmin: float, vmax: float) -> Tensor:
@@ -69,34 +83,47 @@ def two_hot_cross_entropy(logits: Tensor, x: Tensor, vmin: float, vmax: float) -
 
 
 @torch.no_grad()
-def expectation_forward(logits: Tensor, vmin: float, vmax: float, backend: str | None = None) -> Tensor:
-    """Expected value [...] of logits [..., num_bins]. No autograd graph."""
+def expectation_forward(
+    logits: Tensor, vmin: float, vmax: float, backend: str | None = None, log_scale: bool = False
+) -> Tensor:
+    """Expected value [...] of logits [..., num_bins], its symexp if `log_scale`. No autograd graph."""
     _check_grid(logits.shape[-1], vmin, vmax)
-    native = native_for(backend, logits)
-    if native is None:
-        return torch.softmax(logits, -1) @ _bins(logits, vmin, vmax)
+    chosen = backend_for(backend, logits)
+    if chosen == "torch":
+        value = torch.softmax(logits, -1) @ _bins(logits, vmin, vmax)
+        return symexp(value) if log_scale else value
     logits = logits.contiguous()
     value = logits.new_empty(logits.shape[:-1])
-    native.two_hot_expectation_forward(
+    if chosen == "triton":
+        two_hot_triton.two_hot_expectation_forward(logits, value, vmin, vmax, log_scale)
+        return value
+    backends.native.two_hot_expectation_forward(
         logits.data_ptr(), value.data_ptr(), value.numel(), logits.shape[-1], vmin, vmax, torch.get_num_threads()
     )
-    return value
+    return symexp(value) if log_scale else value
 
 
 @torch.no_grad()
 def expectation_backward(
-    dvalue: Tensor, logits: Tensor, vmin: float, vmax: float, backend: str | None = None
+    dvalue: Tensor, logits: Tensor, vmin: float, vmax: float, backend: str | None = None, log_scale: bool = False
 ) -> Tensor:
-    """dlogits [..., num_bins] = dvalue p (bin - value), recomputed from the logits."""
+    """dlogits [..., num_bins] = dvalue p (bin - value), recomputed from the logits; times symexp' if `log_scale`."""
     _check_grid(logits.shape[-1], vmin, vmax)
     _check_rows(logits, dvalue)
-    native = native_for(backend, dvalue, logits)
-    if native is None:
+    chosen = backend_for(backend, dvalue, logits)
+    if chosen == "triton":
+        dvalue, logits = dvalue.contiguous(), logits.contiguous()
+        dlogits = torch.empty_like(logits)
+        two_hot_triton.two_hot_expectation_backward(dvalue, logits, dlogits, vmin, vmax, log_scale)
+        return dlogits
+    if log_scale:  # symexp'(x) = exp(|x|)
+        dvalue = dvalue * expectation_forward(logits, vmin, vmax, chosen).abs().exp()
+    if chosen == "torch":
         p, bins = torch.softmax(logits, -1), _bins(logits, vmin, vmax)
         return dvalue[..., None] * p * (bins - (p @ bins)[..., None])
     dvalue, logits = dvalue.contiguous(), logits.contiguous()
     dlogits = torch.empty_like(logits)
-    native.two_hot_expectation_backward(
+    backends.native.two_hot_expectation_backward(
         *(t.data_ptr() for t in (dvalue, logits, dlogits)),
         dvalue.numel(),
         logits.shape[-1],
@@ -112,15 +139,18 @@ def cross_entropy_forward(logits: Tensor, x: Tensor, vmin: float, vmax: float, b
     """Soft cross-entropy [...] of logits [..., num_bins] against the two-hot rows of x [...]. No autograd graph."""
     _check_grid(logits.shape[-1], vmin, vmax)
     _check_rows(logits, x)
-    native = native_for(backend, logits, x)
-    if native is None:
+    chosen = backend_for(backend, logits, x)
+    if chosen == "torch":
         lower, weight = _position(x, logits.shape[-1], vmin, vmax)
         below = logits.gather(-1, lower[..., None]).squeeze(-1)
         above = logits.gather(-1, lower[..., None] + 1).squeeze(-1)
         return torch.logsumexp(logits, -1) - torch.lerp(below, above, weight)
     logits, x = logits.contiguous(), x.contiguous()
     loss = torch.empty_like(x)
-    native.two_hot_cross_entropy_forward(
+    if chosen == "triton":
+        two_hot_triton.two_hot_cross_entropy_forward(logits, x, loss, vmin, vmax)
+        return loss
+    backends.native.two_hot_cross_entropy_forward(
         *(t.data_ptr() for t in (logits, x, loss)), x.numel(), logits.shape[-1], vmin, vmax, torch.get_num_threads()
     )
     return loss
@@ -133,12 +163,15 @@ def cross_entropy_backward(
     """dlogits [..., num_bins] = dloss (softmax(logits) - encode(x)); targets get no gradient."""
     _check_grid(logits.shape[-1], vmin, vmax)
     _check_rows(logits, dloss, x)
-    native = native_for(backend, dloss, logits, x)
-    if native is None:
+    chosen = backend_for(backend, dloss, logits, x)
+    if chosen == "torch":
         return dloss[..., None] * (torch.softmax(logits, -1) - encode(x, logits.shape[-1], vmin, vmax))
     dloss, logits, x = dloss.contiguous(), logits.contiguous(), x.contiguous()
     dlogits = torch.empty_like(logits)
-    native.two_hot_cross_entropy_backward(
+    if chosen == "triton":
+        two_hot_triton.two_hot_cross_entropy_backward(dloss, logits, x, dlogits, vmin, vmax)
+        return dlogits
+    backends.native.two_hot_cross_entropy_backward(
         *(t.data_ptr() for t in (dloss, logits, x, dlogits)),
         x.numel(),
         logits.shape[-1],
@@ -151,15 +184,16 @@ def cross_entropy_backward(
 
 class _Expectation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, vmin: float, vmax: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, vmin: float, vmax: float, log_scale: bool) -> Tensor:
         ctx.save_for_backward(logits)
-        ctx.limits = (vmin, vmax)
-        return expectation_forward(logits, vmin, vmax)
+        ctx.limits, ctx.log_scale = (vmin, vmax), log_scale
+        return expectation_forward(logits, vmin, vmax, log_scale=log_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:
-        return expectation_backward(dvalue, *ctx.saved_tensors, *ctx.limits), None, None
+        dlogits = expectation_backward(dvalue, *ctx.saved_tensors, *ctx.limits, log_scale=ctx.log_scale)
+        return dlogits, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -175,9 +209,9 @@ class _CrossEntropy(torch.autograd.Function):
         return cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.limits), None, None, None
 
 
-def expectation(logits: Tensor, vmin: float, vmax: float) -> Tensor:
-    """Expected value [...] of logits [..., num_bins], differentiable."""
-    return _Expectation.apply(logits, vmin, vmax)
+def expectation(logits: Tensor, vmin: float, vmax: float, log_scale: bool = False) -> Tensor:
+    """Expected value [...] of logits [..., num_bins], its symexp if `log_scale`; differentiable."""
+    return _Expectation.apply(logits, vmin, vmax, log_scale)
 
 
 def cross_entropy(logits: Tensor, x: Tensor, vmin: float, vmax: float) -> Tensor:

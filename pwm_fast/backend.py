@@ -1,6 +1,8 @@
-"""Which implementation runs: the C++ module `pwm_fast._native`, or plain torch and numpy. Decided here, once.
+"""Which implementation runs: the C++ module `pwm_fast._native`, Triton kernels, or plain torch and numpy.
 
-`PWM_FAST_BACKEND=native|torch` forces one; a forced backend that cannot run raises with the reason.
+Left alone, float32 on the CPU goes native and CUDA tensors go to Triton; torch takes the rest, and all where the other
+two are missing. `PWM_FAST_BACKEND=native|triton|torch` forces one; a forced backend that cannot run raises with the
+reason.
 """
 
 import os
@@ -8,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-BACKENDS = ("native", "torch")
+BACKENDS = ("native", "triton", "torch")
 VARIABLE = "PWM_FAST_BACKEND"
 
 
@@ -25,14 +27,22 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
 native, native_reason = _load_native()
 
 
-def resolve(name: str | None = None) -> str:
-    """The backend to use, "native" or "torch": `name` if given, else $PWM_FAST_BACKEND, else the fastest that runs.
+def triton_reason() -> str | None:
+    """Why Triton kernels cannot run at all, or None. Asked late: the answer imports torch."""
+    return import_module("pwm_fast.kernels.triton_support").unavailable
 
-    Raises ValueError for an unknown name, RuntimeError when "native" is asked for and `pwm_fast._native` is missing.
+
+def resolve(name: str | None = None, device: str = "cpu") -> str:
+    """The backend for `device` ("cpu", "cuda"): `name` if given, else $PWM_FAST_BACKEND, else the fastest that runs.
+
+    Raises ValueError for an unknown name, RuntimeError when "native" is asked for and `pwm_fast._native` is missing,
+    or "triton" and Triton is. Whether a forced backend takes the tensors at hand shows at the call.
     """
     asked_by = "backend" if name else VARIABLE
     name = name or os.environ.get(VARIABLE) or None
     if name is None:
+        if device.startswith("cuda"):
+            return "torch" if triton_reason() else "triton"
         return "native" if native is not None else "torch"
     if name not in BACKENDS:
         raise ValueError(f"{asked_by} must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -41,14 +51,21 @@ def resolve(name: str | None = None) -> str:
             f"{asked_by}='native', but the native module cannot be used: {native_reason}. "
             "Install a C++17 compiler and reinstall pwm_fast, or choose 'torch'."
         )
+    if name == "triton" and (reason := triton_reason()):
+        raise RuntimeError(f"{asked_by}='triton', but {reason}. Install it (pip install triton), or choose 'torch'.")
     return name
 
 
-def describe() -> str:
-    """One line for the start of a command: which backend runs and why."""
-    chosen = resolve()
+def describe(device: str = "cpu") -> str:
+    """One line for the start of a command: which backend runs on `device` ("cpu", "cuda:1") and why."""
+    chosen = resolve(device=device)
     if chosen == "native":
-        return "backend: native (C++)"
-    if native is None:
-        return f"backend: torch (native module missing: {native_reason})"
-    return f"backend: torch (forced by {VARIABLE})"
+        on_gpu = device.startswith("cuda")
+        return "backend: torch (native kernels are for the CPU)" if on_gpu else "backend: native (C++)"
+    if chosen == "triton":
+        return f"backend: triton {import_module('triton').__version__}"
+    if os.environ.get(VARIABLE):
+        return f"backend: torch (forced by {VARIABLE})"
+    if device.startswith("cuda"):
+        return f"backend: torch ({triton_reason()})"
+    return f"backend: torch (native module missing: {native_reason})"

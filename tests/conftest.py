@@ -7,6 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton: its kernels then run in numpy
 
 OBS, ACTION = 11, 3
 
@@ -14,8 +18,6 @@ OBS, ACTION = 11, 3
 @pytest.fixture(scope="session")
 def tiny_world_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world model of the hopper with random weights."""
-    import torch
-
     from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 
     torch.manual_seed(0)

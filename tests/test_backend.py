@@ -42,11 +42,47 @@ def test_forcing_native_without_it_raises(without_native, monkeypatch, by):
 def test_an_argument_goes_before_the_variable(monkeypatch):
     monkeypatch.setenv(backend.VARIABLE, "fortran")
     assert backend.resolve("torch") == "torch"
-    with pytest.raises(ValueError, match="PWM_FAST_BACKEND must be one of native, torch, got 'fortran'"):
+    with pytest.raises(ValueError, match="PWM_FAST_BACKEND must be one of native, triton, torch, got 'fortran'"):
         backend.resolve()
     monkeypatch.setenv(backend.VARIABLE, "torch")
     assert backend.resolve() == "torch"
     assert "torch" in backend.describe()
+
+
+def test_cuda_goes_to_triton_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(backend, "triton_reason", lambda: None)
+    assert backend.resolve(device="cuda:1") == "triton"
+    monkeypatch.setattr(backend, "triton_reason", lambda: "triton cannot be imported: no module")
+    assert backend.resolve(device="cuda") == "torch"
+    assert backend.describe("cuda") == "backend: torch (triton cannot be imported: no module)"
+
+
+def test_forcing_triton_without_it_raises(monkeypatch):
+    monkeypatch.setattr(backend, "triton_reason", lambda: "triton cannot be imported: no module")
+    with pytest.raises(RuntimeError, match=r"backend='triton', but triton cannot be imported.*pip install triton"):
+        backend.resolve("triton")
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="PWM_FAST_BACKEND='triton', but triton cannot be imported"):
+        backend.describe()
+
+
+def test_native_is_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(backend, "native", object())
+    monkeypatch.setenv(backend.VARIABLE, "native")
+    assert backend.describe("cuda") == "backend: torch (native kernels are for the CPU)"
+
+
+def test_the_package_imports_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from pwm_fast import backend\n"
+        "from pwm_fast.kernels import clip_adam, layernorm_mish, layernorm_simnorm, td_lambda, two_hot\n"
+        "import torch\n"
+        "x, w = torch.randn(1, 3, 8), torch.ones(1, 8)\n"
+        "print(layernorm_mish.forward(x, w, w)[0].shape, backend.resolve(device='cuda'))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    assert output.stdout.split("\n")[0] == "torch.Size([1, 3, 8]) torch"
 
 
 def test_importing_the_package_does_not_wait_for_torch():

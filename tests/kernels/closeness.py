@@ -1,6 +1,13 @@
 """How far a result is from its definition: a ratio of root mean squares, no absolute tolerance."""
 
+import pytest
+import torch
 from torch import Tensor
+
+from pwm_fast.kernels.triton_support import unavailable
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter (tests/conftest.py)
+needs_triton = pytest.mark.skipif(unavailable is not None, reason=str(unavailable))
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:

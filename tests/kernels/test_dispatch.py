@@ -5,10 +5,11 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pwm_fast import backend
-from pwm_fast.kernels import layernorm_mish
-from pwm_fast.kernels.dispatch import native_for
+from pwm_fast.kernels import layernorm_mish, triton_support
+from pwm_fast.kernels.dispatch import backend_for, native_for
 
 ROWS = (torch.randn(1, 400, 512), torch.ones(1, 512), torch.zeros(1, 512))
 
@@ -31,6 +32,23 @@ def test_native_refuses_what_it_cannot_take(isa: str) -> None:
     assert native_for(None, *wide) is None
     with pytest.raises(TypeError, match=r"float32 on cpu, got torch.float64"):
         layernorm_mish.forward(*wide, backend="native")
+
+
+def test_triton_is_for_cuda_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(triton_support, "unavailable", None)
+    monkeypatch.setattr(triton_support, "interpreting", False)
+    with FakeTensorMode():
+        on_cuda = torch.empty(2, device="cuda")
+        assert backend_for(None, on_cuda) == backend_for("triton", on_cuda) == "triton"
+        assert backend_for(None, on_cuda.double()) == "torch"
+        assert backend_for("torch", on_cuda) == "torch"
+        with pytest.raises(TypeError, match=r"take float32 and bfloat16, got torch.float64; choose backend 'torch'"):
+            backend_for("triton", on_cuda.double())
+        monkeypatch.setenv(backend.VARIABLE, "triton")
+        assert backend_for(None, on_cuda.double()) == "torch"
+    with pytest.raises(TypeError, match=r"need CUDA tensors \(or TRITON_INTERPRET=1\), got one on cpu"):
+        backend_for(None, *ROWS)
 
 
 def test_unknown_instruction_set_is_named(isa: str) -> None:

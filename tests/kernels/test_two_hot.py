@@ -42,6 +42,7 @@ def test_gradients_of_both_heads(bins: int) -> None:
     logits, x, _ = draw(bins)
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda rows: two_hot.expectation(rows, *GRID), logits)
+    assert torch.autograd.gradcheck(lambda rows: two_hot.expectation(rows, -2.0, 2.0, log_scale=True), logits)
     assert torch.autograd.gradcheck(lambda rows: two_hot.cross_entropy(rows, x, *GRID), logits)
 
 
@@ -60,6 +61,18 @@ def test_native_matches_definition(bins: int, isa: str) -> None:
     assert relative_error(two_hot.cross_entropy_forward(logits, x, *GRID, backend="native"), loss.detach()) < tolerance
     found = two_hot.cross_entropy_backward(gradient, logits, x, *GRID, backend="native")
     assert relative_error(found, dloss) < max(5e-6, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_log_scale_is_symexp_of_the_expectation(backend: str, isa: str) -> None:
+    logits, _, gradient = draw(11, torch.float32)
+    leaf = logits.double().requires_grad_()
+    value = two_hot.symexp(two_hot.two_hot_expectation(leaf, *GRID))
+    (dvalue,) = torch.autograd.grad(value, leaf, gradient.double())
+    options = {"backend": backend, "log_scale": True}
+    # Rounding of the expectation, up to 10 here, is an error of as many parts after the exponential.
+    assert relative_error(two_hot.expectation_forward(logits, *GRID, **options), value.detach()) < 1e-5
+    assert relative_error(two_hot.expectation_backward(gradient, logits, *GRID, **options), dvalue) < 5e-5
 
 
 def test_logits_far_apart_do_not_overflow(isa: str) -> None:
