@@ -1,11 +1,9 @@
-"""The torch front of the dynamics: one control step (1/60 s), differentiable in state and command."""
+"""The torch front of the physics: one control step (1/60 s), bare or as a task's whole environment step."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Lock
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +11,24 @@ from torch import Tensor
 
 from pwm_fast.envs.dflex.batch_slice import LANES, BatchSlice, Tape
 from pwm_fast.envs.dflex.model import RobotModel
+from pwm_fast.envs.dflex.program import Crew
+from pwm_fast.envs.dflex.stages import Rows, Stages
 from pwm_fast.envs.dflex.warp_setup import start_warp
 
 CONTROL_STEP = 1.0 / 60.0
 _LOADING = Lock()  # Warp compiles and loads kernels while launches are recorded; one thread at a time
+
+
+class Front(NamedTuple):
+    """Which of ``Rows`` a step is differentiable in, which of its results are, and which inputs its adjoint reads."""
+
+    inputs: tuple[str, ...]
+    results: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+BARE = Front(("q0", "qd0", "action"), ("q1", "qd1"), ())
+TASK = Front(("q0", "qd0", "action", "obs0"), ("q1", "qd1", "obs1", "reward", "final_obs"), ("action", "obs0"))
 
 
 class Simulator:
@@ -24,6 +36,8 @@ class Simulator:
 
     Threads share the batch in whole bundles of 16 environments; results do not depend on how many there are.
     The mass matrix is rebuilt every ``refresh`` of the ``substeps`` in a control step (default: once).
+    ``stages``: what surrounds the dynamics (default: nothing). With a task's, call ``run(TASK, ...)``, else ``step``.
+    Not for two threads at once.
     """
 
     def __init__(
@@ -33,6 +47,7 @@ class Simulator:
         substeps: int,
         refresh: int | None = None,
         threads: int | None = None,
+        stages: Stages | None = None,
     ):
         if num_envs < 1:
             raise ValueError(f"num_envs must be >= 1, got {num_envs}")
@@ -46,34 +61,66 @@ class Simulator:
         groups = -(-num_envs // LANES)
         self.model, self.num_envs, self.threads = model, num_envs, min(threads, groups)
         bounds = np.minimum(np.linspace(0, groups, self.threads + 1).astype(int) * LANES, num_envs)
-        self.spans = [slice(a, b) for a, b in pairwise(bounds.tolist())]
         with _LOADING:
-            self.parts = [BatchSlice(model, s.stop - s.start, substeps, refresh, CONTROL_STEP) for s in self.spans]
-        self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
+            stages = stages or Stages()
+            rows = stages.rows(model)
+            self.parts = [
+                BatchSlice(model, a, b - a, substeps, refresh, CONTROL_STEP, stages, rows)
+                for a, b in pairwise(bounds.tolist())
+            ]
+            self.crew = Crew(self.threads - 1)
+        self._rows = type(self.parts[0].work.arguments.r).from_buffer_copy(rows.__ctype__())
+        self._words = np.frombuffer(self._rows, np.uint64)
+        self._word = {name: getattr(type(self._rows), name).offset // 8 for name in Rows.vars}
 
-    def step(self, q: Tensor, qd: Tensor, command: Tensor, origin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, q: Tensor, qd: Tensor, command: Tensor, origin: Tensor | None = None) -> tuple[Tensor, ...]:
         """(q [N, nq], qd [N, nqd]) one control step later, differentiable in q, qd and command.
 
         command [N, C]: muscle tensions (N), or torques (N m) on the last C freedoms, held over the step.
         origin [N, 2] (x, z; a robot without a free root: [N, 1], x): simulate relative to this place, held constant.
         The same dynamics, since the ground is homogeneous, but float32 keeps its digits far from the world's origin.
+        Raises ValueError for a wrong shape.
         """
-        if torch.is_grad_enabled() and (q.requires_grad or qd.requires_grad or command.requires_grad):
-            return _ControlStep.apply(q, qd, command, origin, self)
-        out = torch.empty_like(q), torch.empty_like(qd)
-        self.each(lambda part, span: part.forward(part.work, *_rows(span, q, qd, command, origin), _rows(span, *out)))
-        return out
+        n, model = self.num_envs, self.model
+        expected = {"q": (n, model.nq), "qd": (n, model.nqd), "command": (n, min(command.shape[-1], model.num_commands))}
+        given = {"q": q, "qd": qd, "command": command}
+        if origin is not None:
+            expected["origin"], given["origin"] = (n, 2 if model.has_free_root else 1), origin
+        for name, shape in expected.items():
+            if tuple(given[name].shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
+        others = {"q1": torch.empty(n, model.nq), "qd1": torch.empty(n, model.nqd)}
+        if origin is not None:
+            others["origin"] = origin.detach().float()
+        inputs = {"q0": q.float(), "qd0": qd.float(), "action": command.float()}
+        return self.run(BARE, inputs, others, recentre=int(origin is not None))
 
-    def each(self, function: Callable[[BatchSlice, slice], Any]) -> list:
-        """function(part, span) for every slice of the batch; grad mode is per thread, so each worker turns it off."""
-        function = torch.no_grad()(function)
-        if self.pool is None:
-            return [function(self.parts[0], self.spans[0])]
-        return list(self.pool.map(function, self.parts, self.spans))
+    def run(
+        self, front: Front, inputs: dict[str, Tensor], others: dict[str, Tensor], recentre: int, show: int = 0
+    ) -> tuple[Tensor, ...]:
+        """The step's differentiable results, ``front.results``; ``others`` holds these and all other ``Rows`` that are
+        read or filled. Shapes and types must be those of ``Rows``: nothing checks them beyond this point."""
+        self._rows.recentre, self._rows.show = recentre, show
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values()):
+            return _Step.apply(self, front, others, *inputs.values())
+        self._run([part.work.program for part in self.parts], [part.work for part in self.parts], {**inputs, **others})
+        return tuple(others[name] for name in front.results)
 
+    def status(self) -> tuple[int, int]:
+        """How many environments the last task step finished, and how many entries of its actions were not finite."""
+        return sum(part.status[0] for part in self.parts), sum(part.status[1] for part in self.parts)
 
-def _rows(span: slice, *tensors: Tensor | None) -> list:
-    return [None if x is None else x[span] for x in tensors]
+    def _run(self, programs: list, targets: list, tensors: dict[str, Tensor]) -> None:
+        """Aim the ``targets`` (tapes or adjoints) at torch's memory and run."""
+        held = [x.detach().contiguous() for x in tensors.values()]
+        self._words[[self._word[name] for name in tensors]] = [x.data_ptr() for x in held]
+        width = tensors["g_action" if "g_action" in tensors else "action"].shape[1]
+        if width != self._rows.action.shape[1]:
+            for array in (self._rows.action, self._rows.g_action):
+                array.shape[1], array.strides[0] = width, 4 * width
+        for target in targets:
+            target.arguments.r = self._rows
+        self.crew.run(programs)
 
 
 class _Lease:
@@ -86,30 +133,29 @@ class _Lease:
         self.part.free_tapes.append(self.tape)
 
 
-class _ControlStep(torch.autograd.Function):
+class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, qd, command, origin, simulator):
-        out = torch.empty_like(q), torch.empty_like(qd)
+    def forward(ctx, simulator, front, others, *inputs):
         with _LOADING:
             for part in simulator.parts:
                 part.prepare_backward()
-            leases = [_Lease(part) for part in simulator.parts]
-        tapes: dict[int, Tape] = {span.start: lease.tape for span, lease in zip(simulator.spans, leases)}
-
-        def run(part, span):
-            part.forward(tapes[span.start], *_rows(span, q, qd, command, origin), _rows(span, *out))
-
-        simulator.each(run)
-        ctx.simulator, ctx.leases, ctx.tapes, ctx.width = simulator, leases, tapes, command.shape[1]
-        return out
+            ctx.leases = [_Lease(part) for part in simulator.parts]
+        tapes: list[Tape] = [lease.tape for lease in ctx.leases]
+        tensors = dict(zip(front.inputs, inputs))
+        ctx.simulator, ctx.front, ctx.show = simulator, front, simulator._rows.show
+        ctx.shapes = [x.shape for x in inputs]
+        ctx.save_for_backward(*(tensors[name] for name in front.kept))
+        simulator._run([tape.program for tape in tapes], tapes, {**tensors, **others})
+        return tuple(others[name] for name in front.results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_q1, grad_qd1):
-        grads = torch.empty_like(grad_q1), torch.empty_like(grad_qd1), grad_q1.new_empty(len(grad_q1), ctx.width)
-
-        def run(part, span):
-            part.backward(ctx.tapes[span.start], *_rows(span, grad_q1, grad_qd1), _rows(span, *grads))
-
-        ctx.simulator.each(run)
-        return *grads, None, None
+    def backward(ctx, *grads):
+        simulator, front = ctx.simulator, ctx.front
+        adjoints = [part.adjoint_of(lease.tape) for part, lease in zip(simulator.parts, ctx.leases)]
+        results = {f"g_{name}": torch.empty(shape) for name, shape in zip(front.inputs, ctx.shapes)}
+        tensors = {f"g_{name}": grad for name, grad in zip(front.results, grads)}
+        simulator._rows.show = ctx.show
+        kept = dict(zip(front.kept, ctx.saved_tensors))
+        simulator._run([adjoint.program for adjoint in adjoints], adjoints, {**kept, **tensors, **results})
+        return None, None, None, *results.values()
