@@ -174,9 +174,7 @@ class Adjoint:
                 [none, 0.0, 0, *grad_before, *grad_middle, part.scratch_grad, *grad_after],
             )
             if i % refresh == 0:
-                record(
-                    part.kernels.mass_matrix, [tables, a["q"][i], scratch], [none, grad["q"][i], part.scratch_grad]
-                )
+                record(part.kernels.mass_matrix, [tables, a["q"][i], scratch], [none, grad["q"][i], part.scratch_grad])
         end = part.stage(part.stages.arrive_adjoint, work.bundles, ends, self.arguments)
         self.program = Program([*calls, end])
 

@@ -1,11 +1,10 @@
 """A batch of environments of one task, differentiable in torch from state and action to observation and reward."""
 
 import torch
-import warp as wp
 from torch import Tensor
 
 from pwm_fast.envs.dflex.model import load_model
-from pwm_fast.envs.dflex.simulator import TASK, Simulator
+from pwm_fast.envs.dflex.simulator import Simulator
 from pwm_fast.envs.dflex.stages import Stages
 from pwm_fast.envs.dflex.tasks import DflexTask, get_task
 
@@ -69,7 +68,7 @@ class DifferentiableEnv:
         self._full_command = tension if len(tension) else torque
         terms = {
             **self.task.terms(),
-            "full": wp.array(self._full_command.numpy(), dtype=float),
+            "full": self._full_command.numpy(),
             "early_termination": early_termination,
             "episode_length": self.episode_length,
         }
@@ -152,38 +151,27 @@ class DifferentiableEnv:
             _check_finite(action)
             action = action.clip(-1.0, 1.0).float()
         recording = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.qd, action))
-        n, like = self.num_envs, torch.empty_like
         inputs = {"q0": self.q, "qd0": self.qd, "action": action, "obs0": self.obs}
-        others = {
+        reads = {
             "progress0": self.progress,
             "episode": self.episode,
             "starts_q": self.starts_q,
             "starts_qd": self.starts_qd,
-            "q1": torch.empty(n, self.model.nq),
-            "qd1": torch.empty(n, self.model.nqd),
-            "action1": torch.empty(n, self.action_dim),
-            "obs1": torch.empty(n, self.obs_dim),
-            "reward": torch.empty(n),
-            "progress1": like(self.progress),
-            "final_q": torch.empty(n, self.model.nq),
-            "final_obs": torch.empty(n, self.obs_dim),
-            "terminated": torch.empty(n, dtype=torch.bool),
-            "truncated": torch.empty(n, dtype=torch.bool),
         }
-        show = self.action_in_obs if self.action_in_obs is not None else not recording
-        q, qd, obs, reward, final_obs = self.simulator.run(TASK, inputs, others, self._recentre, int(show))
+        show = not recording if self.action_in_obs is None else self.action_in_obs
+        new = self.simulator.run(reads, inputs, self._recentre, int(show))
         finished, not_finite = self.simulator.status()
         if not_finite:
             _check_finite(action)
-        self.q, self.qd, self.obs = q, qd, obs
-        self.action, self.progress = others["action1"], others["progress1"]
-        terminated, truncated = others["terminated"], others["truncated"]
+        self.q, self.qd, self.obs = new["q1"], new["qd1"], new["obs1"]
+        self.action, self.progress = new["action1"], new["progress1"]
+        terminated, truncated, final_obs = new["terminated"], new["truncated"], new["obs1"]
         if finished:
+            final_obs = new["final_obs"]
             self.episode = self.episode + (terminated | truncated)
             if int(self.episode.max()) == STARTS:
                 self._draw_starts()
-        info = {"final_obs": final_obs if finished else obs, "final_q": others["final_q"]}
-        return obs, reward, terminated, truncated, info
+        return self.obs, new["reward"], terminated, truncated, {"final_obs": final_obs, "final_q": new["final_q"]}
 
     def restart_rows(self, rows: Tensor, q: Tensor, qd: Tensor) -> None:
         """Put the environments ``rows`` [n] at q [n, nq], qd [n, nqd], at the start of an episode; cuts their graph."""

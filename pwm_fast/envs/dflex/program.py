@@ -158,10 +158,10 @@ class Crew:
     def __init__(self, helpers: int):
         if not 0 <= helpers < 64:
             raise ValueError(f"threads must be <= 64, got {helpers + 1}")
-        none, give_way = wp.zeros(1, dtype=wp.uint64, device="cpu"), _give_way()
+        none, give_way = wp.zeros(1, dtype=wp.uint64), _give_way()
 
         def record(kernel: wp.Kernel, inputs: list) -> Call:
-            return Call(wp.launch(kernel, 1, inputs=inputs, device="cpu", record_cmd=True))
+            return Call(wp.launch(kernel, 1, inputs=inputs, record_cmd=True))
 
         self._mailbox = np.zeros((max(helpers, 1), LINE), np.uint64)
         self._lines = self._mailbox.reshape(-1).data
@@ -201,13 +201,12 @@ class Crew:
         self._lead.function(*self._call)
 
 
-
 class Copy(Call):
     """A call that copies whole arrays; ``aim`` chooses them."""
 
     def __init__(self) -> None:
-        none = wp.zeros(1, dtype=wp.uint64, device="cpu")
-        super().__init__(wp.launch(_kernels().copy, 1, inputs=[none], device="cpu", record_cmd=True))
+        none = wp.zeros(1, dtype=wp.uint64)
+        super().__init__(wp.launch(_kernels().copy, 1, inputs=[none], record_cmd=True))
 
     @staticmethod
     def table(blocks: Sequence[tuple[wp.array, wp.array]]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import warp as wp
 from torch import Tensor
 
 from pwm_fast.envs.dflex.batch_slice import LANES, BatchSlice, Tape
@@ -16,19 +17,29 @@ from pwm_fast.envs.dflex.stages import Rows, Stages
 from pwm_fast.envs.dflex.warp_setup import start_warp
 
 CONTROL_STEP = 1.0 / 60.0
+DTYPES = {float: torch.float32, wp.float32: torch.float32, wp.int64: torch.long, wp.uint8: torch.bool}
 _LOADING = Lock()  # Warp compiles and loads kernels while launches are recorded; one thread at a time
 
 
 class Front(NamedTuple):
-    """Which of ``Rows`` a step is differentiable in, which of its results are, and which inputs its adjoint reads."""
+    """Names of ``Rows``: what a step reads, what it is differentiable in, its differentiable results, its other results,
+    and the inputs that its adjoint reads."""
 
+    reads: tuple[str, ...]
     inputs: tuple[str, ...]
     results: tuple[str, ...]
+    facts: tuple[str, ...]
     kept: tuple[str, ...]
 
 
-BARE = Front(("q0", "qd0", "action"), ("q1", "qd1"), ())
-TASK = Front(("q0", "qd0", "action", "obs0"), ("q1", "qd1", "obs1", "reward", "final_obs"), ("action", "obs0"))
+BARE = Front((), ("q0", "qd0", "action"), ("q1", "qd1"), (), ())
+TASK = Front(
+    reads=("progress0", "episode", "starts_q", "starts_qd"),
+    inputs=("q0", "qd0", "action", "obs0"),
+    results=("q1", "qd1", "obs1", "reward", "final_obs"),
+    facts=("action1", "progress1", "final_q", "terminated", "truncated"),
+    kept=("action", "obs0"),
+)
 
 
 class Simulator:
@@ -36,7 +47,7 @@ class Simulator:
 
     Threads share the batch in whole bundles of 16 environments; results do not depend on how many there are.
     The mass matrix is rebuilt every ``refresh`` of the ``substeps`` in a control step (default: once).
-    ``stages``: what surrounds the dynamics (default: nothing). With a task's, call ``run(TASK, ...)``, else ``step``.
+    ``stages``: what surrounds the dynamics (default: nothing). With a task's, call ``run``, else ``step``.
     Not for two threads at once.
     """
 
@@ -61,7 +72,7 @@ class Simulator:
         groups = -(-num_envs // LANES)
         self.model, self.num_envs, self.threads = model, num_envs, min(threads, groups)
         bounds = np.minimum(np.linspace(0, groups, self.threads + 1).astype(int) * LANES, num_envs)
-        with _LOADING:
+        with _LOADING, wp.ScopedDevice("cpu"):
             stages = stages or Stages()
             rows = stages.rows(model)
             self.parts = [
@@ -70,7 +81,15 @@ class Simulator:
             ]
             self.crew = Crew(self.threads - 1)
         self._rows = type(self.parts[0].work.arguments.r).from_buffer_copy(rows.__ctype__())
-        self._words = np.frombuffer(self._rows, np.uint64)
+        self._words = np.frombuffer(self._rows, np.uint64).data
+        self._width = stages.widths[0]
+        self.front = BARE if stages.observes is None else TASK
+        self._shapes = {
+            name: ((num_envs, *getattr(rows, name).shape[1:]), DTYPES[var.type.dtype])
+            for name, var in Rows.vars.items()
+            if isinstance(var.type, wp.array)
+        }
+        self._results = [(name, self._shapes[name]) for name in self.front.results + self.front.facts]
         self._word = {name: getattr(type(self._rows), name).offset // 8 for name in Rows.vars}
 
     def step(self, q: Tensor, qd: Tensor, command: Tensor, origin: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -81,30 +100,33 @@ class Simulator:
         The same dynamics, since the ground is homogeneous, but float32 keeps its digits far from the world's origin.
         Raises ValueError for a wrong shape.
         """
-        n, model = self.num_envs, self.model
-        expected = {"q": (n, model.nq), "qd": (n, model.nqd), "command": (n, min(command.shape[-1], model.num_commands))}
-        given = {"q": q, "qd": qd, "command": command}
-        if origin is not None:
-            expected["origin"], given["origin"] = (n, 2 if model.has_free_root else 1), origin
-        for name, shape in expected.items():
-            if tuple(given[name].shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(given[name].shape)}")
-        others = {"q1": torch.empty(n, model.nq), "qd1": torch.empty(n, model.nqd)}
-        if origin is not None:
-            others["origin"] = origin.detach().float()
+        widest = self.model.num_commands
+        if command.ndim != 2 or len(command) != self.num_envs or command.shape[1] > widest:
+            raise ValueError(f"command must have shape ({self.num_envs}, at most {widest}), got {tuple(command.shape)}")
+        reads = {} if origin is None else {"origin": origin.detach().float()}
         inputs = {"q0": q.float(), "qd0": qd.float(), "action": command.float()}
-        return self.run(BARE, inputs, others, recentre=int(origin is not None))
+        self._shapes["action"] = tuple(command.shape), torch.float32
+        found = self.run(reads, inputs, recentre=int(origin is not None))
+        return found["q1"], found["qd1"]
 
     def run(
-        self, front: Front, inputs: dict[str, Tensor], others: dict[str, Tensor], recentre: int, show: int = 0
-    ) -> tuple[Tensor, ...]:
-        """The step's differentiable results, ``front.results``; ``others`` holds these and all other ``Rows`` that are
-        read or filled. Shapes and types must be those of ``Rows``: nothing checks them beyond this point."""
+        self, reads: dict[str, Tensor], inputs: dict[str, Tensor], recentre: int, show: int = 0
+    ) -> dict[str, Tensor]:
+        """One step, differentiable in ``inputs``; all results, see ``Front`` and ``Rows``. Raises ValueError for a wrong
+        shape or type: the kernels check nothing."""
+        for name, x in (*reads.items(), *inputs.items()):
+            shape, dtype = self._shapes[name]
+            if x.shape != shape or x.dtype != dtype:
+                raise ValueError(f"{name} must be {shape} of {dtype}, got {tuple(x.shape)} of {x.dtype}")
+        front = self.front
+        others = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in self._results}
+        others.update(reads)
         self._rows.recentre, self._rows.show = recentre, show
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs.values()):
-            return _Step.apply(self, front, others, *inputs.values())
+            results = _Step.apply(self, others, *inputs.values())
+            return {**others, **dict(zip(front.results, results))}
         self._run([part.work.program for part in self.parts], [part.work for part in self.parts], {**inputs, **others})
-        return tuple(others[name] for name in front.results)
+        return others
 
     def status(self) -> tuple[int, int]:
         """How many environments the last task step finished, and how many entries of its actions were not finite."""
@@ -112,10 +134,12 @@ class Simulator:
 
     def _run(self, programs: list, targets: list, tensors: dict[str, Tensor]) -> None:
         """Aim the ``targets`` (tapes or adjoints) at torch's memory and run."""
-        held = [x.detach().contiguous() for x in tensors.values()]
-        self._words[[self._word[name] for name in tensors]] = [x.data_ptr() for x in held]
+        held = [x.contiguous() for x in tensors.values()]
+        for name, x in zip(tensors, held):
+            self._words[self._word[name]] = x.data_ptr()
         width = tensors["g_action" if "g_action" in tensors else "action"].shape[1]
-        if width != self._rows.action.shape[1]:
+        if width != self._width:
+            self._width = width
             for array in (self._rows.action, self._rows.g_action):
                 array.shape[1], array.strides[0] = width, 4 * width
         for target in targets:
@@ -135,15 +159,15 @@ class _Lease:
 
 class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, simulator, front, others, *inputs):
-        with _LOADING:
+    def forward(ctx, simulator, others, *inputs):
+        with _LOADING, wp.ScopedDevice("cpu"):
             for part in simulator.parts:
                 part.prepare_backward()
             ctx.leases = [_Lease(part) for part in simulator.parts]
         tapes: list[Tape] = [lease.tape for lease in ctx.leases]
+        front, ctx.simulator, ctx.show = simulator.front, simulator, simulator._rows.show
         tensors = dict(zip(front.inputs, inputs))
-        ctx.simulator, ctx.front, ctx.show = simulator, front, simulator._rows.show
-        ctx.shapes = [x.shape for x in inputs]
+        ctx.shapes = [(f"g_{name}", x.shape) for name, x in tensors.items()]
         ctx.save_for_backward(*(tensors[name] for name in front.kept))
         simulator._run([tape.program for tape in tapes], tapes, {**tensors, **others})
         return tuple(others[name] for name in front.results)
@@ -151,11 +175,11 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        simulator, front = ctx.simulator, ctx.front
+        simulator, front = ctx.simulator, ctx.simulator.front
         adjoints = [part.adjoint_of(lease.tape) for part, lease in zip(simulator.parts, ctx.leases)]
-        results = {f"g_{name}": torch.empty(shape) for name, shape in zip(front.inputs, ctx.shapes)}
+        results = {name: torch.empty(shape) for name, shape in ctx.shapes}
         tensors = {f"g_{name}": grad for name, grad in zip(front.results, grads)}
-        simulator._rows.show = ctx.show
         kept = dict(zip(front.kept, ctx.saved_tensors))
+        simulator._rows.show = ctx.show
         simulator._run([adjoint.program for adjoint in adjoints], adjoints, {**kept, **tensors, **results})
-        return None, None, None, *results.values()
+        return None, None, *results.values()

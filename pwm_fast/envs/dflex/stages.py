@@ -109,15 +109,21 @@ class Stages:
 
     def make_terms(self) -> Terms:
         terms = Terms()
-        terms.full = wp.zeros(1, dtype=float)
-        for name, value in (self.terms or {}).items():
-            setattr(terms, name, value)
+        for name, value in {"full": [0.0], **(self.terms or {})}.items():
+            var = Terms.vars[name].type
+            setattr(terms, name, wp.array(value, dtype=float) if isinstance(var, wp.array) else var(value))
         return terms
 
     def rows(self, model: RobotModel) -> Rows:
         """Rows with the widths of everything and addresses of nothing."""
         action, obs, starts = self.widths
-        widths = {"q": model.nq, "qd": model.nqd, "obs": obs, "action": action, "origin": 2 if model.has_free_root else 1}
+        widths = {
+            "q": model.nq,
+            "qd": model.nqd,
+            "obs": obs,
+            "action": action,
+            "origin": 2 if model.has_free_root else 1,
+        }
         rows = Rows()
         for name, var in Rows.vars.items():
             quantity = name.removeprefix("g_").removeprefix("final_").removeprefix("starts_").rstrip("01")
@@ -336,7 +342,9 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
                     g_to = (forward - to * wp.dot(forward, to)) * (g_heading / length)
                     g_p = wp.cross(g_v, w) + wp.vec3(-g_to[0], g_obs(n, 0, ended, r), -g_to[1])
                     g_w = wp.cross(p, g_v)
-                    g_rot = 2.0 * (c.form_up * rot * g_up + (c.form_x * rot * to[0] + c.form_z * rot * to[1]) * g_heading)
+                    g_rot = 2.0 * (
+                        c.form_up * rot * g_up + (c.form_x * rot * to[0] + c.form_z * rot * to[1]) * g_heading
+                    )
                     for k in range(3):
                         g.q1[b, k, l] = g.q1[b, k, l] + g_p[k]
                         g.qd1[b, k, l] = g.qd1[b, k, l] + g_w[k] + g_obs(n, 8 + k, ended, r)

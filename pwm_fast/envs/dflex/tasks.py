@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-import warp as wp
 from torch import Tensor
 
 from pwm_fast.envs import registry
@@ -148,8 +147,7 @@ class Walker(DflexTask):
 
     def terms(self):
         forms = attitude_forms(self.start_rotation)[0].view(4, 3, 4).transpose(0, 1)
-        symmetric = (0.5 * (forms + forms.mT)).flatten(1).tolist()
-        form_up, form_x, form_z = (wp.mat44(*form) for form in symmetric)
+        form_up, form_x, form_z = (0.5 * (forms + forms.mT)).numpy()
         walk = dict(up=0.1, heading=1.0, attitude=self.obs_dim - self.action_obs - 2, target=self.target)
         return super().terms() | walk | dict(form_up=form_up, form_x=form_x, form_z=form_z)
 
