@@ -52,6 +52,9 @@ class Tape:
         arrive = part.stage(part.stages.arrive, self.bundles, self.bundles)
         depart = part.stage(part.stages.depart, self.bundles, self.bundles, arrive.arguments)
         self.program, self.arguments = Program([arrive, simulate, depart]), arrive.arguments
+        self.history = None if with_gradients else Copy.table(
+            [(part.work.arrays[name], array) for name, array in self.arrays.items()]
+        )
 
 
 class BatchSlice:
@@ -130,6 +133,10 @@ class BatchSlice:
         """A tape that nobody uses; give it back by appending it to ``free_tapes``."""
         return self.free_tapes.pop() if self.free_tapes else Tape(self)
 
+    @property
+    def has_adjoint(self) -> bool:
+        return self._adjoint is not None
+
     def adjoint_of(self, tape: Tape) -> "Adjoint":
         """The adjoint of the step on ``tape``, until it is asked for another's."""
         assert self._adjoint is not None, "prepare_backward() comes first"
@@ -154,7 +161,7 @@ class Adjoint:
         a, grad, none = work.arrays, part.grad, Model()
         ends = part.ends(grad, work.origin, work.ended)
         begin, self._fetch = part.stage(part.stages.depart_adjoint, work.bundles, ends), Copy()
-        self.arguments, self._work = begin.arguments, a
+        self.arguments = begin.arguments
         calls = [begin, self._fetch]
 
         def record(kernel, arguments, adjoints):
@@ -181,5 +188,4 @@ class Adjoint:
     def aim(self, tape: Tape) -> None:
         """Differentiate the step on ``tape``."""
         self.arguments.t = tape.arguments.t
-        self._history = Copy.table([(self._work[name], array) for name, array in tape.arrays.items()])
-        self._fetch.aim(self._history)
+        self._fetch.aim(tape.history)

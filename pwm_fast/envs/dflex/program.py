@@ -214,4 +214,4 @@ class Copy(Call):
         return np.array([(to.ptr, source.ptr, source.capacity) for to, source in blocks], np.uint64).reshape(-1)
 
     def aim(self, table: np.ndarray) -> None:
-        self.arguments.table.data, self.arguments.table.shape[0] = table.ctypes.data, len(table)
+        self.arguments.table.data, self.arguments.table.shape[0] = table.__array_interface__["data"][0], len(table)

@@ -89,6 +89,7 @@ class Simulator:
             for name, var in Rows.vars.items()
             if isinstance(var.type, wp.array)
         }
+        self._no_gradients = [(f"g_{name}", torch.zeros(self._shapes[name][0])) for name in self.front.results]
         self._results = [(name, self._shapes[name]) for name in self.front.results + self.front.facts]
         self._word = {name: getattr(type(self._rows), name).offset // 8 for name in Rows.vars}
 
@@ -128,6 +129,15 @@ class Simulator:
         self._run([part.work.program for part in self.parts], [part.work for part in self.parts], {**inputs, **others})
         return others
 
+    def _lease(self) -> list["_Lease"]:
+        """A tape for every slice, which is ready to be differentiated."""
+        if not all(part.free_tapes and part.has_adjoint for part in self.parts):
+            with _LOADING, wp.ScopedDevice("cpu"):
+                for part in self.parts:
+                    part.prepare_backward()
+                return [_Lease(part) for part in self.parts]
+        return [_Lease(part) for part in self.parts]
+
     def status(self) -> tuple[int, int]:
         """How many environments the last task step finished, and how many entries of its actions were not finite."""
         return sum(part.status[0] for part in self.parts), sum(part.status[1] for part in self.parts)
@@ -160,26 +170,27 @@ class _Lease:
 class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx, simulator, others, *inputs):
-        with _LOADING, wp.ScopedDevice("cpu"):
-            for part in simulator.parts:
-                part.prepare_backward()
-            ctx.leases = [_Lease(part) for part in simulator.parts]
+        ctx.leases = simulator._lease()
         tapes: list[Tape] = [lease.tape for lease in ctx.leases]
         front, ctx.simulator, ctx.show = simulator.front, simulator, simulator._rows.show
         tensors = dict(zip(front.inputs, inputs))
         ctx.shapes = [(f"g_{name}", x.shape) for name, x in tensors.items()]
         ctx.save_for_backward(*(tensors[name] for name in front.kept))
+        ctx.set_materialize_grads(False)
         simulator._run([tape.program for tape in tapes], tapes, {**tensors, **others})
         return tuple(others[name] for name in front.results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        if torch.is_grad_enabled():  # torch's own guard, once_differentiable, takes as long as the rest of this function
+            raise RuntimeError("the physics is differentiable once, not twice: leave out create_graph=True")
         simulator, front = ctx.simulator, ctx.simulator.front
         adjoints = [part.adjoint_of(lease.tape) for part, lease in zip(simulator.parts, ctx.leases)]
-        results = {name: torch.empty(shape) for name, shape in ctx.shapes}
-        tensors = {f"g_{name}": grad for name, grad in zip(front.results, grads)}
-        kept = dict(zip(front.kept, ctx.saved_tensors))
+        tensors = {name: torch.empty(shape) for name, shape in ctx.shapes}
+        results = tuple(tensors.values())
+        tensors.update(zip(front.kept, ctx.saved_tensors))
+        for (name, zeros), grad in zip(simulator._no_gradients, grads):
+            tensors[name] = zeros if grad is None else grad
         simulator._rows.show = ctx.show
-        simulator._run([adjoint.program for adjoint in adjoints], adjoints, {**kept, **tensors, **results})
-        return None, None, *results.values()
+        simulator._run([adjoint.program for adjoint in adjoints], adjoints, tensors)
+        return None, None, *results
