@@ -14,7 +14,7 @@ from pwm_fast.envs.dflex import dynamics
 from pwm_fast.envs.dflex.lanes import algebra
 from pwm_fast.envs.dflex.model import RobotModel
 from pwm_fast.envs.dflex.program import Call, Copy, Program
-from pwm_fast.envs.dflex.stages import Bundles, Rows, Stages
+from pwm_fast.envs.dflex.rows import Bundles, Rows, Stages
 from pwm_fast.envs.dflex.stages import kernels as stage_kernels
 from pwm_fast.envs.dflex.structs import Features, Model, model_to_warp, scratch_struct
 
@@ -52,8 +52,10 @@ class Tape:
         arrive = part.stage(part.stages.arrive, self.bundles, self.bundles)
         depart = part.stage(part.stages.depart, self.bundles, self.bundles, arrive.arguments)
         self.program, self.arguments = Program([arrive, simulate, depart]), arrive.arguments
-        self.history = None if with_gradients else Copy.table(
-            [(part.work.arrays[name], array) for name, array in self.arrays.items()]
+        self.history = (
+            None
+            if with_gradients
+            else Copy.table([(part.work.arrays[name], array) for name, array in self.arrays.items()])
         )
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.envs.dflex.model import load_model
+from pwm_fast.envs.dflex.rows import Stages
 from pwm_fast.envs.dflex.simulator import Simulator
-from pwm_fast.envs.dflex.stages import Stages
 from pwm_fast.envs.dflex.tasks import DflexTask, get_task
 
 KEPT = ("q", "qd", "action", "progress", "obs", "episode", "starts_q", "starts_qd")

@@ -17,6 +17,8 @@ from weakref import finalize
 import numpy as np
 import warp as wp
 
+from pwm_fast.envs.dflex.lanes import COMPILER_FLAGS
+
 WATCH = 200  # looks at the mailbox, a microsecond or two apart, before a helper sleeps
 STATE, TABLE, ROWS, LINE = 0, 1, 2, 8  # a helper's part of the mailbox: one cache line
 ASLEEP, WATCHING, POSTED, RUNNING = range(4)
@@ -107,6 +109,8 @@ class Program:
 @cache
 def _kernels() -> SimpleNamespace:
     table = wp.array(dtype=wp.uint64)
+    module = wp.get_module(f"{__name__}.kernels")
+    wp.set_module_options({"cpu_compiler_flags": COMPILER_FLAGS, "enable_backward": False}, module)
 
     @wp.func_native(LEAD)
     def run(table: table, mailbox: table, give_way: wp.uint64): ...
@@ -114,11 +118,11 @@ def _kernels() -> SimpleNamespace:
     @wp.func_native(FOLLOW)
     def watch(mailbox: table, give_way: wp.uint64): ...
 
-    @wp.kernel(enable_backward=False, module="unique")
+    @wp.kernel(module=module)
     def lead(table: table, mailbox: table, give_way: wp.uint64):
         run(table, mailbox, give_way)
 
-    @wp.kernel(enable_backward=False, module="unique")
+    @wp.kernel(module=module)
     def follow(mailbox: table, give_way: wp.uint64):
         watch(mailbox, give_way)
 
@@ -127,7 +131,7 @@ def _kernels() -> SimpleNamespace:
             __builtin_memcpy((void*)table.data[i], (const void*)table.data[i + 1], table.data[i + 2]);""")
     def copy_blocks(table: table): ...
 
-    @wp.kernel(enable_backward=False, module="unique")
+    @wp.kernel(module=module)
     def copy(table: table):
         copy_blocks(table)
 

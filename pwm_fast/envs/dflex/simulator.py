@@ -13,7 +13,7 @@ from torch import Tensor
 from pwm_fast.envs.dflex.batch_slice import LANES, BatchSlice, Tape
 from pwm_fast.envs.dflex.model import RobotModel
 from pwm_fast.envs.dflex.program import Crew
-from pwm_fast.envs.dflex.stages import Rows, Stages
+from pwm_fast.envs.dflex.rows import Rows, Stages
 from pwm_fast.envs.dflex.warp_setup import start_warp
 
 CONTROL_STEP = 1.0 / 60.0
@@ -22,8 +22,8 @@ _LOADING = Lock()  # Warp compiles and loads kernels while launches are recorded
 
 
 class Front(NamedTuple):
-    """Names of ``Rows``: what a step reads, what it is differentiable in, its differentiable results, its other results,
-    and the inputs that its adjoint reads."""
+    """Names of ``Rows``: what a step reads, what it is differentiable in, its differentiable and its other results, and
+    the inputs that its adjoint reads."""
 
     reads: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -113,8 +113,9 @@ class Simulator:
     def run(
         self, reads: dict[str, Tensor], inputs: dict[str, Tensor], recentre: int, show: int = 0
     ) -> dict[str, Tensor]:
-        """One step, differentiable in ``inputs``; all results, see ``Front`` and ``Rows``. Raises ValueError for a wrong
-        shape or type: the kernels check nothing."""
+        """One step, differentiable in ``inputs``; all its results (see ``Front`` and ``Rows``), by name.
+
+        Raises ValueError for a wrong shape or type: the kernels check nothing."""
         for name, x in (*reads.items(), *inputs.items()):
             shape, dtype = self._shapes[name]
             if x.shape != shape or x.dtype != dtype:
@@ -182,7 +183,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        if torch.is_grad_enabled():  # torch's own guard, once_differentiable, takes as long as the rest of this function
+        if (
+            torch.is_grad_enabled()
+        ):  # torch's own guard, once_differentiable, takes as long as the rest of this function
             raise RuntimeError("the physics is differentiable once, not twice: leave out create_graph=True")
         simulator, front = ctx.simulator, ctx.simulator.front
         adjoints = [part.adjoint_of(lease.tape) for part, lease in zip(simulator.parts, ctx.leases)]

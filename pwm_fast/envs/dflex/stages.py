@@ -6,134 +6,16 @@ the same with hand-written adjoints, so that a whole step leaves Python once. Th
 in and back on the way out: p - o, v + omega x o.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
 import warp as wp
 
 from pwm_fast.envs.dflex.lanes import COMPILER_FLAGS
-from pwm_fast.envs.dflex.model import RobotModel
+from pwm_fast.envs.dflex.rows import Bundles, Rows, Terms
 
 LARGEST_STATE = 1e6  # beyond this a state counts as broken and the episode ends
 LARGEST_FLOAT = 3.4028234663852886e38
-
-
-@wp.struct
-class Terms:
-    """A task's numbers. reward = obs[5] + slope obs[0] + constant - tilt obs[1]^2 - square |a|^2 - absolute |a|_1
-    + up obs[attitude] + heading obs[attitude + 1] + height_reward(obs[0] + height_offset)."""
-
-    full: wp.array(dtype=float)  # torque or tension at action 1
-    slope: float
-    constant: float
-    tilt: float
-    square: float
-    absolute: float
-    up: float
-    heading: float
-    attitude: int
-    height_offset: float
-    height_limit: float
-    height_scale: float  # 0: no height_reward
-    form_up: wp.mat44  # symmetric; up = r^T F r - 1
-    form_x: wp.mat44
-    form_z: wp.mat44
-    target: float
-    termination_height: float
-    early_termination: int
-    episode_length: int
-
-
-@wp.struct
-class Rows:
-    """One step of the whole batch as torch sees it, [N, .]: inputs, results, gradients of the results, of the inputs.
-
-    ``starts``: the next [episodes] start states of each environment; a finished one continues from its ``episode``-th.
-    """
-
-    q0: wp.array2d(dtype=float)
-    qd0: wp.array2d(dtype=float)
-    action: wp.array2d(dtype=float)
-    origin: wp.array2d(dtype=float)
-    obs0: wp.array2d(dtype=float)
-    progress0: wp.array(dtype=wp.int64)
-    episode: wp.array(dtype=wp.int64)
-    starts_q: wp.array3d(dtype=float)
-    starts_qd: wp.array3d(dtype=float)
-    q1: wp.array2d(dtype=float)
-    qd1: wp.array2d(dtype=float)
-    action1: wp.array2d(dtype=float)  # as applied; 0 where a new episode began
-    obs1: wp.array2d(dtype=float)
-    reward: wp.array(dtype=float)
-    progress1: wp.array(dtype=wp.int64)
-    final_q: wp.array2d(dtype=float)
-    final_obs: wp.array2d(dtype=float)
-    terminated: wp.array(dtype=wp.uint8)
-    truncated: wp.array(dtype=wp.uint8)
-    g_q1: wp.array2d(dtype=float)
-    g_qd1: wp.array2d(dtype=float)
-    g_obs1: wp.array2d(dtype=float)
-    g_final_obs: wp.array2d(dtype=float)
-    g_reward: wp.array(dtype=float)
-    g_q0: wp.array2d(dtype=float)
-    g_qd0: wp.array2d(dtype=float)
-    g_action: wp.array2d(dtype=float)
-    g_obs0: wp.array2d(dtype=float)
-    show: int  # whether observations show the action
-    recentre: int  # 0: no; 1: to ``origin``, or with a task to the robot's own place; 2: but not right after a reset
-
-
-@wp.struct
-class Bundles:
-    """Ends of a slice's tape, [groups, k, LANES], and per environment what the adjoint must know of the step."""
-
-    q0: wp.array3d(dtype=float)
-    qd0: wp.array3d(dtype=float)
-    q1: wp.array3d(dtype=float)
-    qd1: wp.array3d(dtype=float)
-    driven: wp.array3d(dtype=float)  # motor or tension; commands are its last entries
-    origin: wp.array3d(dtype=float)
-    ended: wp.array(dtype=int)  # 0: goes on; 1: a new episode began; 2: the same, and the state was broken
-
-
-@dataclass(frozen=True)
-class Stages:
-    """What surrounds the dynamics. ``observes``: "walker", "hopper", or None for nothing: rows in, rows out.
-    ``terms``: fields of ``Terms``. ``widths``: of action and obs, and how many start states ``starts`` holds."""
-
-    observes: str | None = None
-    terms: dict[str, Any] | None = None
-    widths: tuple[int, int, int] = (1, 1, 1)
-
-    def make_terms(self) -> Terms:
-        terms = Terms()
-        for name, value in {"full": [0.0], **(self.terms or {})}.items():
-            var = Terms.vars[name].type
-            setattr(terms, name, wp.array(value, dtype=float) if isinstance(var, wp.array) else var(value))
-        return terms
-
-    def rows(self, model: RobotModel) -> Rows:
-        """Rows with the widths of everything and addresses of nothing."""
-        action, obs, starts = self.widths
-        widths = {
-            "q": model.nq,
-            "qd": model.nqd,
-            "obs": obs,
-            "action": action,
-            "origin": 2 if model.has_free_root else 1,
-        }
-        rows = Rows()
-        for name, var in Rows.vars.items():
-            quantity = name.removeprefix("g_").removeprefix("final_").removeprefix("starts_").rstrip("01")
-            if name.startswith("starts"):
-                setattr(rows, name, wp.zeros((1, starts, widths[quantity]), dtype=float))
-            elif quantity in widths:
-                setattr(rows, name, wp.zeros((1, widths[quantity]), dtype=float))
-            elif isinstance(var.type, wp.array):
-                setattr(rows, name, wp.zeros(1, dtype=var.type.dtype))
-        return rows
 
 
 @cache
@@ -143,7 +25,8 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
     All take (first environment of the slice, terms, rows, tape, gradients of the tape, status [2]). ``status`` counts
     the slice's finished environments and its non-finite actions.
     """
-    options = {"cpu_compiler_flags": COMPILER_FLAGS}
+    module = wp.get_module(f"{__name__}.{lanes}.{'free' if free_root else 'fixed'}.{observes}")
+    wp.set_module_options({"cpu_compiler_flags": COMPILER_FLAGS, "enable_backward": False}, module)
     task, walker = observes is not None, observes == "walker"
 
     @wp.func
@@ -216,16 +99,16 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
             for k in range(nqd):
                 obs[n, nq - 1 + k] = qd[n, k]
 
-    @wp.kernel(enable_backward=False, module="unique", module_options=options)
+    @wp.kernel(module=module)
     def arrive(first: int, c: Terms, r: Rows, t: Bundles, g: Bundles, status: wp.array(dtype=int)):
         """Clip and reward the action; state and command into the bundles, moved to the origin."""
         i = wp.tid()
-        n, b, l = first + i, i // lanes, i % lanes
+        n, b, lane = first + i, i // lanes, i % lanes
         if i == 0:
             status[0] = 0
             status[1] = 0
         num_actions, driven = r.action.shape[1], t.driven.shape[1]
-        cost = float(0.0)
+        cost = float(0.0)  # noqa: UP018 (Warp's way to declare a variable)
         for k in range(num_actions):
             x = r.action[n, k]
             if wp.static(task):
@@ -234,44 +117,45 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
                 x = wp.clamp(x, -1.0, 1.0)
                 r.action1[n, k] = x
                 cost += c.square * x * x + c.absolute * wp.abs(x)
-                t.driven[b, driven - num_actions + k, l] = x * c.full[k]
+                t.driven[b, driven - num_actions + k, lane] = x * c.full[k]
             else:
-                t.driven[b, driven - num_actions + k, l] = x
+                t.driven[b, driven - num_actions + k, lane] = x
         if wp.static(task):
             r.reward[n] = reward_of(n, c, r.obs0) - cost
         o = origin_of(n, r)
         for k in range(r.q0.shape[1]):
-            t.q0[b, k, l] = r.q0[n, k]
+            t.q0[b, k, lane] = r.q0[n, k]
         for k in range(r.qd0.shape[1]):
-            t.qd0[b, k, l] = r.qd0[n, k]
-        t.origin[b, 0, l] = o[0]
-        t.origin[b, 1, l] = o[2]
-        t.q0[b, 0, l] = r.q0[n, 0] - o[0]
+            t.qd0[b, k, lane] = r.qd0[n, k]
+        t.origin[b, 0, lane] = o[0]
+        t.origin[b, 1, lane] = o[2]
+        t.q0[b, 0, lane] = r.q0[n, 0] - o[0]
         if wp.static(free_root):
             turn = wp.cross(wp.vec3(r.qd0[n, 0], r.qd0[n, 1], r.qd0[n, 2]), o)
-            t.q0[b, 2, l] = r.q0[n, 2] - o[2]
+            t.q0[b, 2, lane] = r.q0[n, 2] - o[2]
             for k in range(3):
-                t.qd0[b, 3 + k, l] = r.qd0[n, 3 + k] + turn[k]
+                t.qd0[b, 3 + k, lane] = r.qd0[n, 3 + k] + turn[k]
 
-    @wp.kernel(enable_backward=False, module="unique", module_options=options)
+    @wp.kernel(module=module)
     def depart(first: int, c: Terms, r: Rows, t: Bundles, g: Bundles, status: wp.array(dtype=int)):
         """The state back into the world; observe it; end episodes and begin new ones."""
         i = wp.tid()
-        n, b, l = first + i, i // lanes, i % lanes
+        n, b, lane = first + i, i // lanes, i % lanes
         nq, nqd = r.q0.shape[1], r.qd0.shape[1]
-        o = wp.vec3(t.origin[b, 0, l], 0.0, t.origin[b, 1, l])
+        o = wp.vec3(t.origin[b, 0, lane], 0.0, t.origin[b, 1, lane])
         for k in range(nq):
-            r.q1[n, k] = t.q1[b, k, l]
+            r.q1[n, k] = t.q1[b, k, lane]
         for k in range(nqd):
-            r.qd1[n, k] = t.qd1[b, k, l]
-        r.q1[n, 0] = t.q1[b, 0, l] + o[0]
+            r.qd1[n, k] = t.qd1[b, k, lane]
+        r.q1[n, 0] = t.q1[b, 0, lane] + o[0]
         if wp.static(free_root):
-            turn = wp.cross(wp.vec3(t.qd1[b, 0, l], t.qd1[b, 1, l], t.qd1[b, 2, l]), o)
-            r.q1[n, 2] = t.q1[b, 2, l] + o[2]
+            turn = wp.cross(wp.vec3(t.qd1[b, 0, lane], t.qd1[b, 1, lane], t.qd1[b, 2, lane]), o)
+            r.q1[n, 2] = t.q1[b, 2, lane] + o[2]
             for k in range(3):
-                r.qd1[n, 3 + k] = t.qd1[b, 3 + k, l] - turn[k]
+                r.qd1[n, 3 + k] = t.qd1[b, 3 + k, lane] - turn[k]
         if wp.static(task):
-            broken, fell = int(0), int(0)
+            broken = int(0)  # noqa: UP018, RUF046
+            fell = int(0)  # noqa: UP018, RUF046
             for k in range(nq):
                 r.final_q[n, k] = r.q1[n, k]
                 if not (wp.abs(r.q1[n, k]) <= LARGEST_STATE):
@@ -307,32 +191,32 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
         """Gradient of the k-th entry of the observation before any new episode; not called for broken states."""
         return r.g_final_obs[n, k] + wp.where(ended == 0, r.g_obs1[n, k], 0.0)
 
-    @wp.kernel(enable_backward=False, module="unique", module_options=options)
+    @wp.kernel(module=module)
     def depart_adjoint(first: int, c: Terms, r: Rows, t: Bundles, g: Bundles, status: wp.array(dtype=int)):
         """Gradients of state and observations into the bundles; all others begin at 0."""
         i = wp.tid()
-        n, b, l = first + i, i // lanes, i % lanes
+        n, b, lane = first + i, i // lanes, i % lanes
         nq, nqd = r.q0.shape[1], r.qd0.shape[1]
-        o = wp.vec3(t.origin[b, 0, l], 0.0, t.origin[b, 1, l])
-        ended = int(0)
+        o = wp.vec3(t.origin[b, 0, lane], 0.0, t.origin[b, 1, lane])
+        ended = int(0)  # noqa: UP018, RUF046
         if wp.static(task):
             ended = t.ended[i]
         for k in range(nq):
-            g.q0[b, k, l] = 0.0
-            g.q1[b, k, l] = wp.where(ended == 0, r.g_q1[n, k], 0.0)
+            g.q0[b, k, lane] = 0.0
+            g.q1[b, k, lane] = wp.where(ended == 0, r.g_q1[n, k], 0.0)
         for k in range(nqd):
-            g.qd0[b, k, l] = 0.0
-            g.qd1[b, k, l] = wp.where(ended == 0, r.g_qd1[n, k], 0.0)
+            g.qd0[b, k, lane] = 0.0
+            g.qd1[b, k, lane] = wp.where(ended == 0, r.g_qd1[n, k], 0.0)
         for k in range(g.driven.shape[1]):
-            g.driven[b, k, l] = 0.0
+            g.driven[b, k, lane] = 0.0
         if wp.static(task):
             for k in range(r.g_action.shape[1]):
                 r.g_action[n, k] = 0.0
             if wp.static(walker):
                 if ended < 2:
-                    p = wp.vec3(t.q1[b, 0, l], t.q1[b, 1, l], t.q1[b, 2, l]) + o
-                    w = wp.vec3(t.qd1[b, 0, l], t.qd1[b, 1, l], t.qd1[b, 2, l])
-                    rot = wp.vec4(t.q1[b, 3, l], t.q1[b, 4, l], t.q1[b, 5, l], t.q1[b, 6, l])
+                    p = wp.vec3(t.q1[b, 0, lane], t.q1[b, 1, lane], t.q1[b, 2, lane]) + o
+                    w = wp.vec3(t.qd1[b, 0, lane], t.qd1[b, 1, lane], t.qd1[b, 2, lane])
+                    rot = wp.vec4(t.q1[b, 3, lane], t.q1[b, 4, lane], t.q1[b, 5, lane], t.q1[b, 6, lane])
                     to = wp.vec2(c.target - p[0], -p[2])
                     length = wp.max(wp.length(to), 1e-12)
                     to = to / length
@@ -346,54 +230,54 @@ def kernels(lanes: int, free_root: bool, observes: str | None) -> SimpleNamespac
                         c.form_up * rot * g_up + (c.form_x * rot * to[0] + c.form_z * rot * to[1]) * g_heading
                     )
                     for k in range(3):
-                        g.q1[b, k, l] = g.q1[b, k, l] + g_p[k]
-                        g.qd1[b, k, l] = g.qd1[b, k, l] + g_w[k] + g_obs(n, 8 + k, ended, r)
-                        g.qd1[b, 3 + k, l] = g.qd1[b, 3 + k, l] + g_v[k]
+                        g.q1[b, k, lane] = g.q1[b, k, lane] + g_p[k]
+                        g.qd1[b, k, lane] = g.qd1[b, k, lane] + g_w[k] + g_obs(n, 8 + k, ended, r)
+                        g.qd1[b, 3 + k, lane] = g.qd1[b, 3 + k, lane] + g_v[k]
                     for k in range(4):
-                        g.q1[b, 3 + k, l] = g.q1[b, 3 + k, l] + g_rot[k] + g_obs(n, 1 + k, ended, r)
+                        g.q1[b, 3 + k, lane] = g.q1[b, 3 + k, lane] + g_rot[k] + g_obs(n, 1 + k, ended, r)
                     for k in range(7, nq):
-                        g.q1[b, k, l] = g.q1[b, k, l] + g_obs(n, 4 + k, ended, r)
+                        g.q1[b, k, lane] = g.q1[b, k, lane] + g_obs(n, 4 + k, ended, r)
                     for k in range(6, nqd):
-                        g.qd1[b, k, l] = g.qd1[b, k, l] + 0.1 * g_obs(n, nq - 2 + k, ended, r)
+                        g.qd1[b, k, lane] = g.qd1[b, k, lane] + 0.1 * g_obs(n, nq - 2 + k, ended, r)
                     if r.show > 0:
                         for k in range(r.obs0.shape[1] - c.attitude - 2):
                             r.g_action[n, k] = g_obs(n, c.attitude + 2 + k, ended, r)
             else:
                 if ended < 2:
                     for k in range(1, nq):
-                        g.q1[b, k, l] = g.q1[b, k, l] + g_obs(n, k - 1, ended, r)
+                        g.q1[b, k, lane] = g.q1[b, k, lane] + g_obs(n, k - 1, ended, r)
                     for k in range(nqd):
-                        g.qd1[b, k, l] = g.qd1[b, k, l] + g_obs(n, nq - 1 + k, ended, r)
+                        g.qd1[b, k, lane] = g.qd1[b, k, lane] + g_obs(n, nq - 1 + k, ended, r)
         if wp.static(free_root):
-            turn = wp.cross(wp.vec3(g.qd1[b, 3, l], g.qd1[b, 4, l], g.qd1[b, 5, l]), o)
+            turn = wp.cross(wp.vec3(g.qd1[b, 3, lane], g.qd1[b, 4, lane], g.qd1[b, 5, lane]), o)
             for k in range(3):
-                g.qd1[b, k, l] = g.qd1[b, k, l] + turn[k]
+                g.qd1[b, k, lane] = g.qd1[b, k, lane] + turn[k]
 
     @wp.func
     def sane(x: float):
         return wp.where(wp.abs(x) <= LARGEST_FLOAT, x, 0.0)
 
-    @wp.kernel(enable_backward=False, module="unique", module_options=options)
+    @wp.kernel(module=module)
     def arrive_adjoint(first: int, c: Terms, r: Rows, t: Bundles, g: Bundles, status: wp.array(dtype=int)):
         """Gradients out of the bundles; with a task, those of the reward added and non-finite ones set to 0."""
         i = wp.tid()
-        n, b, l = first + i, i // lanes, i % lanes
+        n, b, lane = first + i, i // lanes, i % lanes
         if wp.static(free_root):
-            o = wp.vec3(t.origin[b, 0, l], 0.0, t.origin[b, 1, l])
-            turn = wp.cross(wp.vec3(g.qd0[b, 3, l], g.qd0[b, 4, l], g.qd0[b, 5, l]), o)
+            o = wp.vec3(t.origin[b, 0, lane], 0.0, t.origin[b, 1, lane])
+            turn = wp.cross(wp.vec3(g.qd0[b, 3, lane], g.qd0[b, 4, lane], g.qd0[b, 5, lane]), o)
             for k in range(3):
-                g.qd0[b, k, l] = g.qd0[b, k, l] - turn[k]
+                g.qd0[b, k, lane] = g.qd0[b, k, lane] - turn[k]
         for k in range(r.g_q0.shape[1]):
-            r.g_q0[n, k] = g.q0[b, k, l]
+            r.g_q0[n, k] = g.q0[b, k, lane]
             if wp.static(task):
-                r.g_q0[n, k] = sane(g.q0[b, k, l])
+                r.g_q0[n, k] = sane(g.q0[b, k, lane])
         for k in range(r.g_qd0.shape[1]):
-            r.g_qd0[n, k] = g.qd0[b, k, l]
+            r.g_qd0[n, k] = g.qd0[b, k, lane]
             if wp.static(task):
-                r.g_qd0[n, k] = sane(g.qd0[b, k, l])
+                r.g_qd0[n, k] = sane(g.qd0[b, k, lane])
         num_actions, driven = r.g_action.shape[1], g.driven.shape[1]
         for k in range(num_actions):
-            command = g.driven[b, driven - num_actions + k, l]
+            command = g.driven[b, driven - num_actions + k, lane]
             if wp.static(task):
                 x = wp.clamp(r.action[n, k], -1.0, 1.0)
                 cost = 2.0 * c.square * x + c.absolute * wp.where(x > 0.0, 1.0, wp.where(x < 0.0, -1.0, 0.0))
