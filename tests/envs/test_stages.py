@@ -4,21 +4,20 @@ import pytest
 import torch
 from recorded import TASKS
 
-from pwm_fast.envs.dflex import DifferentiableEnv
+from pwm_fast.envs.dflex import DifferentiableEnv, tasks
 from pwm_fast.envs.dflex.simulator import Simulator
 
 NUM_ENVS = 21  # a bundle and a part of another
 
 
 def environment(task, **options):
-    """Some lie on the ground, some are just reset, some fly; 150 m from the origin recentring must not show."""
+    """A third stands deeper, half are 20 m from the world's origin, all move; some actions will be clipped."""
     env = DifferentiableEnv(task, NUM_ENVS, seed=4, **options)
     q, qd = (x.clone() for x in env.state())
     generator = torch.Generator().manual_seed(2)
-    q[::3, 0 if task != "hopper" else 1] -= 0.9
-    q[::4, 1] -= 0.9
     q[::2, 0] += 20.0
     qd += torch.randn(qd.shape, generator=generator)
+    q[::3, 1] -= 0.1
     env.set_state(q, qd)
     return env, 2.4 * torch.rand(NUM_ENVS, env.action_dim, generator=generator) - 1.2
 
@@ -37,22 +36,16 @@ def definition(env, before, action, shown):
         origin = origin * (env.progress > 0)[:, None]
     q1, qd1 = simulator.step(q, qd, clipped * env._full_command, origin)
     shown_action = clipped if shown else torch.zeros_like(clipped)
-    obs1 = env.task.observe(q1.double(), qd1.double(), shown_action.double())
-    return q1, qd1, obs1, env.task.reward(obs.double(), clipped.double())
-
-
-@pytest.fixture
-def double_forms(monkeypatch):
-    """The definition's constants in float64, too."""
-    from pwm_fast.envs.dflex import tasks
-
     exact = tasks.attitude_forms
-    monkeypatch.setattr(tasks, "attitude_forms", lambda r: tuple(x.double() for x in exact(r)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "attitude_forms", lambda start: tuple(x.double() for x in exact(start)))
+        obs1 = env.task.observe(q1.double(), qd1.double(), shown_action.double())
+    return q1, qd1, obs1, env.task.reward(obs.double(), clipped.double())
 
 
 @pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_step_is_the_definitions_around_the_dynamics(task, shown, double_forms, monkeypatch):
+def test_a_step_is_the_definitions_around_the_dynamics(task, shown, monkeypatch):
     """Results, and the gradients of a random combination of all of them in state, observation and action."""
     env, action = environment(task, action_in_obs=shown, early_termination=False)
     before = (*env.state(), env.obs)
@@ -78,13 +71,15 @@ def test_a_step_is_the_definitions_around_the_dynamics(task, shown, double_forms
 def test_an_ended_episode_passes_gradients_through_its_last_observation_only(task):
     env, action = environment(task, action_in_obs=False)
     (action,) = leaves(action)
-    obs, _, terminated, _, info = env.step(action)
-    assert 0 < terminated.sum() < NUM_ENVS
+    env.progress[::3] = 999
+    obs, _, terminated, truncated, info = env.step(action)
+    ended = terminated | truncated
+    assert truncated.sum() == 7 and ended.sum() < NUM_ENVS
     weights = torch.randn(obs.shape, generator=torch.Generator().manual_seed(0))
     next_one = torch.autograd.grad((obs * weights).sum(), action, retain_graph=True)[0]
     last_one = torch.autograd.grad((info["final_obs"] * weights).sum(), action)[0]
-    assert (next_one[terminated] == 0).all() and (last_one[terminated].abs().amax(1) > 0).all()
-    assert torch.equal(next_one[~terminated], last_one[~terminated])
+    assert (next_one[ended] == 0).all() and (last_one[ended].abs().amax(1) > 0).all()
+    assert torch.equal(next_one[~ended], last_one[~ended])
 
 
 def test_new_episodes_start_from_states_of_their_own_in_turn():

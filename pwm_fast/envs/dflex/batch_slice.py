@@ -166,7 +166,7 @@ class Adjoint:
         self.arguments = begin.arguments
         calls = [begin, self._fetch]
 
-        def record(kernel, arguments, adjoints):
+        def record(kernel: wp.Kernel, arguments: list, adjoints: list) -> None:
             launch = wp.launch(
                 kernel, part.groups, inputs=arguments, adj_inputs=adjoints, adjoint=True, record_cmd=True
             )
