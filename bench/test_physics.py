@@ -6,7 +6,8 @@
 A window is 16 steps of the whole environment (observation, reward, resets) under random actions of +-0.5; "both" adds
 the gradient of the summed rewards. Times are CPU seconds of the process, all workloads in turn, the fastest of each, so
 other work on the machine disturbs the ratios little; scaling over two threads alone is wall time and means something on
-an idle machine only. A speed counts only if the recorded gradients come out. PWM_FAST_PROTOTYPE names the folder of
+an idle machine only. Beside it stands what the share of one thread's time outside the interpreter lock allows at best.
+A speed counts only if the recorded gradients come out. PWM_FAST_PROTOTYPE names the folder of
 another simulator to run beside ours: a module ``tasks`` with DifferentiableEnv(name, model_folder, num_envs, threads).
 """
 
@@ -86,6 +87,26 @@ def windows(env: Any, num_envs: int, action_dim: int) -> tuple[Callable[[], obje
     return forward, both
 
 
+def share_outside_lock(env: Any, call: Callable[[], object]) -> float:
+    """Of one thread's CPU time, what native code takes that holds no lock: the most two threads can halve."""
+    crew, shares = env.simulator.crew, []
+    run, native = crew.run, 0.0
+
+    def timed(programs: Any) -> None:
+        nonlocal native
+        start = time.thread_time()
+        run(programs)
+        native += time.thread_time() - start
+
+    crew.run = timed
+    for _ in range(ROUNDS):
+        native, start = 0.0, time.thread_time()
+        call()
+        shares.append(native / (time.thread_time() - start))
+    crew.run = run
+    return sorted(shares)[len(shares) // 2]
+
+
 def fastest(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float]]:
     """Least CPU and wall seconds of each call, in turns."""
     best = {name: (float("inf"), float("inf")) for name in calls}
@@ -102,9 +123,9 @@ def fastest(calls: dict[str, Callable[[], object]]) -> dict[str, tuple[float, fl
 @pytest.mark.parametrize("task", TASKS)
 def test_steps_per_cpu_second(benchmark: Any, task: str, num_envs: int, model_folder: Path) -> None:
     assert recorded_gradient_error(task) < 1e-4
-    calls = {}
+    calls, envs = {}, {}
     for threads in (1, 2):
-        env = DifferentiableEnv(task, num_envs, threads=threads)
+        envs[threads] = env = DifferentiableEnv(task, num_envs, threads=threads)
         calls[f"forward {threads}"], calls[f"both {threads}"] = windows(env, num_envs, env.action_dim)
     if PROTOTYPE:
         sys.path.insert(0, PROTOTYPE)
@@ -119,9 +140,15 @@ def test_steps_per_cpu_second(benchmark: Any, task: str, num_envs: int, model_fo
         rate = {which: HORIZON * num_envs / best[f"{work} {which}"][0] for which in ("1", "2")}
         scaling = best[f"{work} 1"][1] / best[f"{work} 2"][1]
         line = f"    {work:8s}{rate['1']:10,.0f} env-steps per CPU-second, {rate['2']:10,.0f} on two threads"
-        line += f" (wall time x{scaling:.2f})"
+        share = share_outside_lock(envs[1], calls[f"{work} 1"])
+        line += f" (wall time x{scaling:.2f}; {share:.0%} outside the lock: at best x{1 / (1 - share / 2):.2f})"
         benchmark.extra_info.update(
-            {f"{work}_rate": rate["1"], f"{work}_rate_2": rate["2"], f"{work}_scaling": scaling}
+            {
+                f"{work}_outside_lock": share,
+                f"{work}_rate": rate["1"],
+                f"{work}_rate_2": rate["2"],
+                f"{work}_scaling": scaling,
+            }
         )
         if PROTOTYPE:
             ratio = best[f"{work} yardstick"][0] / best[f"{work} 1"][0]

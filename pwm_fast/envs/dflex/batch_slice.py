@@ -1,8 +1,10 @@
 """Device buffers and launches for a contiguous part of the batch, run by one thread.
 
-Environments travel in bundles: torch's [N, k] becomes [groups, k, LANES], environment n being lane n % LANES of group
-n // LANES. Lanes beyond the batch rest in the start pose and are never read.
+Environments travel in bundles: torch's [N, k] becomes [groups, k, LANES], environment n of the slice being lane
+n % LANES of group n // LANES. Lanes beyond the batch rest in the start pose and are never read.
 """
+
+import ctypes
 
 import torch
 import warp as wp
@@ -11,6 +13,9 @@ from torch import Tensor
 from pwm_fast.envs.dflex import dynamics
 from pwm_fast.envs.dflex.lanes import algebra
 from pwm_fast.envs.dflex.model import RobotModel
+from pwm_fast.envs.dflex.program import Call, Copy, Program
+from pwm_fast.envs.dflex.rows import Bundles, Rows, Stages
+from pwm_fast.envs.dflex.stages import kernels as stage_kernels
 from pwm_fast.envs.dflex.structs import Features, Model, model_to_warp, scratch_struct
 
 LANES = 16  # one AVX-512 register, two of AVX2, four of NEON
@@ -21,7 +26,10 @@ def _torch(array: wp.array) -> Tensor:
 
 
 class Tape:
-    """One control step of a slice: q, qd of every substep and the factor of every refresh of the mass matrix."""
+    """One control step of a slice: q, qd of every substep and the factor of every refresh of the mass matrix.
+
+    ``program`` runs the step forward; ``arguments`` are those of its stages before and after the dynamics.
+    """
 
     def __init__(self, part: "BatchSlice", with_gradients: bool = False):
         model, groups, substeps = part.model, part.groups, part.substeps
@@ -36,35 +44,52 @@ class Tape:
         self.arrays = {k: wp.zeros(shape, dtype=lane, requires_grad=with_gradients) for k, shape in shapes.items()}
         self.q, self.qd, self.motor, self.tension, self.factor = map(_torch, self.arrays.values())
         self.q[0] = torch.from_numpy(model.start_q)[None, :, None]
-        self.origin = torch.zeros(groups, part.origin_size, LANES)
-        arguments = [part.tables, part.dt, part.refresh, *self.arrays.values(), part.scratch]
-        self.launch = wp.launch(part.kernels.control_step, groups, inputs=arguments, record_cmd=True)
-
-    def copy_from(self, other: "Tape") -> None:
-        for mine, theirs in zip(
-            (self.q[:-1], self.qd[:-1], self.motor, self.tension, self.factor),
-            (other.q[:-1], other.qd[:-1], other.motor, other.tension, other.factor),
-        ):
-            mine.copy_(theirs)
+        self.origin = wp.zeros((groups, 2, LANES), dtype=float)
+        self.ended = wp.zeros(part.n, dtype=int)
+        self.bundles = part.ends(self.arrays, self.origin, self.ended)
+        inputs = [part.tables, part.dt, part.refresh, *self.arrays.values(), part.scratch]
+        simulate = Call(wp.launch(part.kernels.control_step, groups, inputs=inputs, record_cmd=True))
+        arrive = part.stage(part.stages.arrive, self.bundles, self.bundles)
+        depart = part.stage(part.stages.depart, self.bundles, self.bundles, arrive.arguments)
+        self.program, self.arguments = Program([arrive, simulate, depart]), arrive.arguments
+        self.history = (
+            None
+            if with_gradients
+            else Copy.table([(part.work.arrays[name], array) for name, array in self.arrays.items()])
+        )
 
 
 class BatchSlice:
-    """Scratch arrays shared by all steps, and the pool of tapes. Not safe for two threads at once."""
+    """Environments ``first`` .. ``first + num_envs - 1``: scratch arrays shared by all steps, and the pool of tapes.
+    Not safe for two threads at once. ``rows`` shows the widths of torch's arrays; their addresses change every step."""
 
-    def __init__(self, model: RobotModel, num_envs: int, substeps: int, refresh: int, control_step: float):
-        self.model, self.n, self.substeps, self.refresh = model, num_envs, substeps, refresh
+    def __init__(
+        self,
+        model: RobotModel,
+        first: int,
+        num_envs: int,
+        substeps: int,
+        refresh: int,
+        control_step: float,
+        stages: Stages,
+        rows: Rows,
+    ):
+        self.model, self.first, self.n, self.substeps, self.refresh = model, first, num_envs, substeps, refresh
+        self.terms, self.rows = stages.make_terms(), rows
         self.dt = control_step / substeps
         self.groups = -(-num_envs // LANES)
         self.kernels = dynamics.kernels(Features.of(model), LANES)
+        self.stages = stage_kernels(LANES, model.has_free_root, stages.observes)
         self.tables = model_to_warp(model)
         self.entries = self.tables.ancestor.shape[0]
-        self.origin_size = 2 if model.has_free_root else 1
         self.scratch, self.scratch_grad = self._scratch()
+        self.finished_and_bad = wp.zeros(2, dtype=int)
+        self.status = self.finished_and_bad.numpy().data  # finished environments, non-finite actions of the last step
         self.work = Tape(self, with_gradients=True)  # what the adjoint runs on, and steps that nobody differentiates
         self.free_tapes: list[Tape] = []
         # gradients must be the arrays' own: only then does Warp's adjoint of a store clear what it has consumed
-        self.grad = {name: _torch(array.grad) for name, array in self.work.arrays.items()}
-        self._adjoint: list | None = None
+        self.grad = {name: array.grad for name, array in self.work.arrays.items()}
+        self._adjoint: Adjoint | None = None
 
     def _scratch(self):
         """Working arrays and their gradients; one row, since the groups of a slice run one after another."""
@@ -86,42 +111,23 @@ class BatchSlice:
         primal.y = wp.zeros(shapes["tau"], dtype=algebra(LANES).Lane)
         return primal, gradient
 
-    # -- layout --------------------------------------------------------------------------------------------------------
+    def ends(self, arrays: dict[str, wp.array], origin: wp.array, ended: wp.array) -> Bundles:
+        """What the stages see of a tape, or of its gradients: views of the same memory, lane by lane."""
 
-    def pack(self, x: Tensor, into: Tensor) -> None:
-        """x [n, k] -> into [groups, k, LANES]."""
-        full, rest = divmod(self.n, LANES)
-        if full:
-            into[:full].copy_(x[: full * LANES].view(full, LANES, -1).transpose(1, 2))
-        if rest:
-            into[full, :, :rest].copy_(x[full * LANES :].T)
+        def view(array: wp.array) -> wp.array:
+            return wp.array(ptr=array.ptr, shape=(*array.shape, LANES), dtype=float, copy=False)
 
-    def unpack(self, x: Tensor, into: Tensor) -> None:
-        """x [groups, k, LANES] -> into [n, k]."""
-        full, rest = divmod(self.n, LANES)
-        if full:
-            into[: full * LANES].view(full, LANES, -1).copy_(x[:full].transpose(1, 2))
-        if rest:
-            into[full * LANES :].copy_(x[full, :, :rest].T)
+        bundles = Bundles()
+        bundles.q0, bundles.q1 = view(arrays["q"][0]), view(arrays["q"][self.substeps])
+        bundles.qd0, bundles.qd1 = view(arrays["qd"][0]), view(arrays["qd"][self.substeps])
+        bundles.driven = view(arrays["tension" if len(self.model.tension) else "motor"])
+        bundles.origin, bundles.ended = origin, ended
+        return bundles
 
-    def _move(self, q: Tensor, qd: Tensor, origin: Tensor, sign: float) -> None:
-        """Coordinates relative to (o_x, 0, o_z) for sign -1 and back for +1: p + sign o, v - sign omega x o."""
-        x = origin[:, 0]
-        q[:, 0].add_(x, alpha=sign)
-        if self.origin_size == 2:
-            z = origin[:, 1]
-            q[:, 2].add_(z, alpha=sign)
-            qd[:, 3].addcmul_(qd[:, 1], z, value=-sign)
-            qd[:, 4].addcmul_(qd[:, 2], x, value=-sign).addcmul_(qd[:, 0], z, value=sign)
-            qd[:, 5].addcmul_(qd[:, 1], x, value=sign)
-
-    def _move_adjoint(self, qd_grad: Tensor, origin: Tensor, sign: float) -> None:
-        """Adjoint of _move: omega's gradient loses sign o x (v's gradient)."""
-        if self.origin_size == 2:
-            x, z = origin[:, 0], origin[:, 1]
-            qd_grad[:, 0].addcmul_(z, qd_grad[:, 4], value=sign)
-            qd_grad[:, 1].addcmul_(z, qd_grad[:, 3], value=-sign).addcmul_(x, qd_grad[:, 5], value=sign)
-            qd_grad[:, 2].addcmul_(x, qd_grad[:, 4], value=-sign)
+    def stage(self, kernel: wp.Kernel, tape: Bundles, grad: Bundles, arguments: ctypes.Structure | None = None) -> Call:
+        """A call of a kernel of ``stages`` for all environments of the slice."""
+        inputs = [self.first, self.terms, self.rows, tape, grad, self.finished_and_bad]
+        return Call(wp.launch(kernel, self.n, inputs=inputs, record_cmd=True), arguments)
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -129,75 +135,59 @@ class BatchSlice:
         """A tape that nobody uses; give it back by appending it to ``free_tapes``."""
         return self.free_tapes.pop() if self.free_tapes else Tape(self)
 
-    def forward(self, tape: Tape, q: Tensor, qd: Tensor, command: Tensor, origin: Tensor | None, out) -> None:
-        """One control step from q, qd [n, .]; the result goes to out = (q, qd)."""
-        self.pack(q, tape.q[0])
-        self.pack(qd, tape.qd[0])
-        driven = tape.tension if len(self.model.tension) else tape.motor
-        self.pack(command, driven[:, driven.shape[1] - command.shape[1] :])
-        if origin is None:
-            tape.origin.zero_()
-        else:
-            self.pack(origin, tape.origin)
-            self._move(tape.q[0], tape.qd[0], tape.origin, -1.0)
-        tape.launch.launch()
-        if origin is not None:
-            self._move(tape.q[-1], tape.qd[-1], tape.origin, 1.0)
-        self.unpack(tape.q[-1], out[0])
-        self.unpack(tape.qd[-1], out[1])
+    @property
+    def has_adjoint(self) -> bool:
+        return self._adjoint is not None
 
-    def backward(self, tape: Tape, grad_q1: Tensor, grad_qd1: Tensor, out) -> None:
-        """Adjoint of forward(): the gradients of q1, qd1 become those of q, qd, command in ``out``."""
-        work, grad = self.work, self.grad
-        if tape is not work:
-            work.copy_from(tape)
-        for name in ("q", "qd"):
-            grad[name][0].zero_()
-        grad["motor"].zero_()
-        grad["tension"].zero_()
-        self.pack(grad_q1, grad["q"][-1])
-        self.pack(grad_qd1, grad["qd"][-1])
-        self._move_adjoint(grad["qd"][-1], tape.origin, 1.0)
+    def adjoint_of(self, tape: Tape) -> "Adjoint":
+        """The adjoint of the step on ``tape``, until it is asked for another's."""
         assert self._adjoint is not None, "prepare_backward() comes first"
-        for launch in self._adjoint:
-            launch.launch()
-        self._move_adjoint(grad["qd"][0], tape.origin, -1.0)
-        driven = grad["tension"] if len(self.model.tension) else grad["motor"]
-        self.unpack(grad["q"][0], out[0])
-        self.unpack(grad["qd"][0], out[1])
-        self.unpack(driven[:, driven.shape[1] - out[2].shape[1] :], out[2])
+        self._adjoint.aim(tape)
+        return self._adjoint
 
     def prepare_backward(self) -> None:
-        """Record the adjoint launches, last substep first. Each replays its kernel: no forward launch is needed.
+        """Record the adjoint. Call it on one thread for all slices: Warp compiles and loads a kernel at its first
+        launch, and two threads that load the same one at once leave the first with code that is gone."""
+        if self._adjoint is None:
+            self._adjoint = Adjoint(self)
 
-        Call it on one thread for all slices: Warp compiles and loads a kernel at its first launch, and two threads that
-        load the same one at once leave the first with code that is gone.
-        """
-        if self._adjoint is not None:
-            return
-        a, none = self.work.arrays, Model()
-        grad = {name: array.grad for name, array in a.items()}
-        launches = []
 
-        def record(kernel, arguments, adjoints):
-            launches.append(
-                wp.launch(kernel, self.groups, inputs=arguments, adj_inputs=adjoints, adjoint=True, record_cmd=True)
+class Adjoint:
+    """Launches for gradients of the results to gradients of the inputs, last substep first, on the slice's work tape.
+
+    Each replays its kernel: no forward launch is needed.
+    """
+
+    def __init__(self, part: BatchSlice):
+        work, tables, scratch, dt, refresh = part.work, part.tables, part.scratch, part.dt, part.refresh
+        a, grad, none = work.arrays, part.grad, Model()
+        ends = part.ends(grad, work.origin, work.ended)
+        begin, self._fetch = part.stage(part.stages.depart_adjoint, work.bundles, ends), Copy()
+        self.arguments = begin.arguments
+        calls = [begin, self._fetch]
+
+        def record(kernel: wp.Kernel, arguments: list, adjoints: list) -> None:
+            launch = wp.launch(
+                kernel, part.groups, inputs=arguments, adj_inputs=adjoints, adjoint=True, record_cmd=True
             )
+            calls.append(Call(launch))
 
-        for i in reversed(range(self.substeps)):
+        for i in reversed(range(part.substeps)):
             before, after = [a["q"][i], a["qd"][i]], [a["q"][i + 1], a["qd"][i + 1]]
             middle = [a["motor"], a["tension"], a["L"]]
             grad_before, grad_after = [grad["q"][i], grad["qd"][i]], [grad["q"][i + 1], grad["qd"][i + 1]]
             grad_middle = [grad["motor"], grad["tension"], grad["L"]]
             record(
-                self.kernels.substep,
-                [self.tables, self.dt, i // self.refresh, *before, *middle, self.scratch, *after],
-                [none, 0.0, 0, *grad_before, *grad_middle, self.scratch_grad, *grad_after],
+                part.kernels.substep,
+                [tables, dt, i // refresh, *before, *middle, scratch, *after],
+                [none, 0.0, 0, *grad_before, *grad_middle, part.scratch_grad, *grad_after],
             )
-            if i % self.refresh == 0:
-                record(
-                    self.kernels.mass_matrix,
-                    [self.tables, a["q"][i], self.scratch],
-                    [none, grad["q"][i], self.scratch_grad],
-                )
-        self._adjoint = launches
+            if i % refresh == 0:
+                record(part.kernels.mass_matrix, [tables, a["q"][i], scratch], [none, grad["q"][i], part.scratch_grad])
+        end = part.stage(part.stages.arrive_adjoint, work.bundles, ends, self.arguments)
+        self.program = Program([*calls, end])
+
+    def aim(self, tape: Tape) -> None:
+        """Differentiate the step on ``tape``."""
+        self.arguments.t = tape.arguments.t
+        self._fetch.aim(tape.history)

@@ -4,24 +4,12 @@ import torch
 from torch import Tensor
 
 from pwm_fast.envs.dflex.model import load_model
+from pwm_fast.envs.dflex.rows import Stages
 from pwm_fast.envs.dflex.simulator import Simulator
 from pwm_fast.envs.dflex.tasks import DflexTask, get_task
 
-LARGEST_STATE = 1e6  # beyond this the state counts as broken and the episode ends
-LARGEST_FLOAT = torch.finfo(torch.float64).max
-
-
-def _all_within(limit: float, *tensors: Tensor) -> bool:
-    """Whether no entry is larger than ``limit``, or NaN; a fifth of the time of a test entry by entry."""
-    return all(abs(float(x)) <= limit for tensor in tensors for x in torch.aminmax(tensor.detach()))
-
-
-def _finite_gradient(x: Tensor) -> Tensor:
-    """x; NaN and infinite entries of its gradient become 0."""
-    if x.requires_grad:
-        x = x.view_as(x)  # a hook on the caller's own tensor would outlive this step
-        x.register_hook(lambda g: torch.nan_to_num(g, 0.0, 0.0, 0.0))
-    return x
+KEPT = ("q", "qd", "action", "progress", "obs", "episode", "starts_q", "starts_qd")
+STARTS = 8  # start states drawn ahead for every environment: drawing one at a time costs as much as a step of many
 
 
 class DifferentiableEnv:
@@ -69,7 +57,6 @@ class DifferentiableEnv:
         self.device = torch.device(device)
         if self.device.type != "cpu":
             raise ValueError(f"device must be 'cpu', got {device!r}: the robots run on CPU threads")
-        self.simulator = Simulator(self.model, num_envs, self.task.substeps, self.task.refresh, threads)
         self.num_envs, self.obs_dim, self.action_dim = num_envs, self.task.obs_dim, self.task.action_dim
         self.episode_length = episode_length or self.task.episode_length
         self.early_termination, self.stochastic_reset = early_termination, stochastic_reset
@@ -79,6 +66,16 @@ class DifferentiableEnv:
         # torque of each joint, or tension of each muscle, at action 1
         torque, tension = torch.tensor(self.task.torque), torch.from_numpy(self.model.tension)
         self._full_command = tension if len(tension) else torque
+        terms = {
+            **self.task.terms(),
+            "full": self._full_command.numpy(),
+            "early_termination": early_termination,
+            "episode_length": self.episode_length,
+        }
+        stages = Stages(self.task.observes, terms, (self.action_dim, self.obs_dim, STARTS))
+        self.simulator = Simulator(self.model, num_envs, self.task.substeps, self.task.refresh, threads, stages)
+        # with SNU's unnormalised quaternions the dynamics depend on the origin right after a reset
+        self._recentre = (2 if self.model.has_ball_joints else 1) if recentre else 0
         self.reset()
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -86,6 +83,7 @@ class DifferentiableEnv:
     def reset(self) -> Tensor:
         """Start new episodes everywhere; obs [N, S]."""
         self._place(*self._start_states(self.num_envs))
+        self._draw_starts()
         return self.obs
 
     def set_state(self, joint_q: Tensor, joint_qd: Tensor) -> Tensor:
@@ -111,23 +109,31 @@ class DifferentiableEnv:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a later exact continuation needs, random numbers included."""
-        kept = {name: getattr(self, name).detach().clone() for name in ("q", "qd", "action", "progress", "obs")}
+        kept = {name: getattr(self, name).detach().clone() for name in KEPT}
         return {**kept, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue exactly where state_dict() was taken. Raises ValueError for another task's or batch size's."""
-        for name in ("q", "qd", "action", "progress", "obs"):
+        for name in KEPT:
+            if name not in state:
+                raise ValueError(f"saved state has no '{name}': it was saved by an older version; start anew")
             expected, got = tuple(getattr(self, name).shape), tuple(state[name].shape)
             if expected != got:
                 needed = f"{self.task.name} x {self.num_envs} needs {expected}"
                 raise ValueError(f"saved '{name}' has shape {got}, but {needed}")
-        for name in ("q", "qd", "action", "progress", "obs"):
+        for name in KEPT:
             setattr(self, name, state[name].detach().clone())
         self.generator.set_state(state["generator"])
 
     def _start_states(self, n: int) -> tuple[Tensor, Tensor]:
         generator = self.generator if self.stochastic_reset else None
         return self.task.start_state(self._start_q, self.model.nqd, n, generator)
+
+    def _draw_starts(self) -> None:
+        """The next STARTS start states of each environment, and that none has been used."""
+        q, qd = self._start_states(self.num_envs * STARTS)
+        self.starts_q, self.starts_qd = q.view(self.num_envs, STARTS, -1), qd.view(self.num_envs, STARTS, -1)
+        self.episode = torch.zeros(self.num_envs, dtype=torch.long)
 
     def _place(self, q: Tensor, qd: Tensor) -> None:
         self.q, self.qd = q, qd
@@ -141,52 +147,47 @@ class DifferentiableEnv:
         """One control step; see the class. Raises ValueError for a wrong shape or non-finite actions."""
         if tuple(action.shape) != (self.num_envs, self.action_dim):
             raise ValueError(f"action must have shape {(self.num_envs, self.action_dim)}, got {tuple(action.shape)}")
-        if not _all_within(LARGEST_FLOAT, action):
-            bad = (~torch.isfinite(action).all(-1)).nonzero()[:, 0].tolist()
-            raise ValueError(f"action must be finite; it is not in environments {bad[:8]}")
-        action = action.float().clip(-1.0, 1.0)
-        q, qd = self.q, self.qd
-        recording = torch.is_grad_enabled() and (q.requires_grad or qd.requires_grad or action.requires_grad)
-        if recording:
-            q, qd, action = _finite_gradient(q), _finite_gradient(qd), _finite_gradient(action)
-        reward = self.task.reward(self.obs, action)
-        sane_obs = self.obs.detach()
-        self.q, self.qd = self._simulate(q, qd, action)
-        self.action = action
-        self.progress = self.progress + 1
-        self.obs = final_obs = self._observe(recording)
-        final_q, broken = self.q.detach(), self._broken()
-        terminated = broken | self.task.terminated(final_obs) if self.early_termination else broken
-        truncated = self.progress > self.episode_length - 1
-        rows = (terminated | truncated).nonzero()[:, 0]
-        if len(rows):
-            final_obs = torch.where(broken[:, None], sane_obs, final_obs)
-            self.restart_rows(rows, *self._start_states(len(rows)), recording)
-        return self.obs, reward, terminated, truncated, {"final_obs": final_obs, "final_q": final_q}
+        if action.dtype is not torch.float32:
+            _check_finite(action)
+            action = action.clip(-1.0, 1.0).float()
+        recording = torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.qd, action))
+        inputs = {"q0": self.q, "qd0": self.qd, "action": action, "obs0": self.obs}
+        reads = {
+            "progress0": self.progress,
+            "episode": self.episode,
+            "starts_q": self.starts_q,
+            "starts_qd": self.starts_qd,
+        }
+        show = not recording if self.action_in_obs is None else self.action_in_obs
+        new = self.simulator.run(reads, inputs, self._recentre, int(show))
+        finished, not_finite = self.simulator.status()
+        if not_finite:
+            _check_finite(action)
+        self.q, self.qd, self.obs = new["q1"], new["qd1"], new["obs1"]
+        self.action, self.progress = new["action1"], new["progress1"]
+        terminated, truncated, final_obs = new["terminated"], new["truncated"], new["obs1"]
+        if finished:
+            final_obs = new["final_obs"]
+            self.episode = self.episode + (terminated | truncated)
+            if int(self.episode.max()) == STARTS:
+                self._draw_starts()
+        return self.obs, new["reward"], terminated, truncated, {"final_obs": final_obs, "final_q": new["final_q"]}
 
-    def _simulate(self, q: Tensor, qd: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        origin = None
-        if self.recentre:
-            origin = q.detach()[:, 0:3:2] if self.model.has_free_root else q.detach()[:, :1]
-            if self.model.has_ball_joints:
-                # not right after a reset: with SNU's unnormalised quaternions the dynamics depend on the origin
-                origin = origin * (self.progress > 0)[:, None]
-        return self.simulator.step(q, qd, action * self._full_command, origin)
-
-    def restart_rows(self, rows: Tensor, q: Tensor, qd: Tensor, recording: bool = False) -> None:
+    def restart_rows(self, rows: Tensor, q: Tensor, qd: Tensor) -> None:
         """Put the environments ``rows`` [n] at q [n, nq], qd [n, nqd], at the start of an episode; cuts their graph."""
         self.q = self.q.index_copy(0, rows, q)
         self.qd = self.qd.index_copy(0, rows, qd)
         self.action = self.action.index_fill(0, rows, 0.0)
         self.progress = self.progress.index_fill(0, rows, 0)
-        self.obs = self._observe(recording)
+        fresh = self.task.observe(q, qd, torch.zeros(len(rows), self.action_dim))
+        self.obs = self.obs.index_copy(0, rows, fresh)
 
     def _observe(self, recording: bool) -> Tensor:
         shown = self.action_in_obs if self.action_in_obs is not None else not recording
         return self.task.observe(self.q, self.qd, self.action if shown else torch.zeros_like(self.action))
 
-    def _broken(self) -> Tensor:
-        """bool [N]: the state is no longer finite, or beyond all reason."""
-        if _all_within(LARGEST_STATE, self.q, self.qd):
-            return torch.zeros(self.num_envs, dtype=torch.bool)
-        return ~(torch.cat([self.q.detach(), self.qd.detach()], -1).abs() <= LARGEST_STATE).all(-1)
+
+def _check_finite(action: Tensor) -> None:
+    bad = (~torch.isfinite(action).all(-1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"action must be finite; it is not in environments {bad[:8]}")

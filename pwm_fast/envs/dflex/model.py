@@ -104,6 +104,11 @@ class RobotModel:
         return len(self.dof_link)
 
     @property
+    def num_commands(self) -> int:
+        """At most: one per muscle, or per freedom of a robot without muscles."""
+        return len(self.tension) or self.nqd
+
+    @property
     def has_free_root(self) -> bool:
         return bool(self.joint_type[0] == FREE)
 

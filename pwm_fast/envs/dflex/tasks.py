@@ -8,6 +8,7 @@ world's origin.
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +51,11 @@ def attitude_forms(start_rotation: tuple[float, float, float, float]) -> tuple[T
 
 @dataclass(frozen=True)
 class DflexTask:
-    """A row of the table. ``torque``: N m at action 1 on each of the last ``action_dim`` joints; empty: has muscles."""
+    """A row of the table. ``torque``: N m at action 1 on each of the last ``action_dim`` joints; empty: has muscles.
+
+    ``observe`` and ``reward`` are the definition; a step computes them in kernels (stages.py), from ``observes``, the
+    kind of observation, and ``reward_terms``, the numbers of the reward.
+    """
 
     name: str
     title: str
@@ -63,6 +68,8 @@ class DflexTask:
     refresh: int | None = None  # substeps between mass-matrix refreshes; None: once per control step
     action_obs: int = 0  # trailing entries of the observation that show the last action
     episode_length: int = 1000
+    observes: ClassVar[str | None] = None
+    reward_terms: ClassVar[dict[str, float]] = {}
 
     def observe(self, q: Tensor, qd: Tensor, shown_action: Tensor) -> Tensor:
         """q [N, nq], qd [N, nqd], shown_action [N, A] -> obs [N, S]."""
@@ -85,6 +92,12 @@ class DflexTask:
             self.add_noise(q, qd, generator)
         return q, qd
 
+    def terms(self) -> dict[str, Any]:
+        """Observation, reward and termination as the kernels read them: fields of stages.Terms."""
+        if self.observes is None:
+            raise TypeError(f"{type(self).__name__} has no kernels; use a task of TASKS")
+        return dict(self.reward_terms, termination_height=self.termination_height, episode_length=self.episode_length)
+
     def add_noise(self, q: Tensor, qd: Tensor, generator: torch.Generator) -> None:
         """Reset noise, in place."""
         raise TypeError(f"{type(self).__name__} has no reset noise; use a task of TASKS")
@@ -93,6 +106,11 @@ class DflexTask:
 @dataclass(frozen=True)
 class Hopper(DflexTask):
     """Planar: root slides x and z, pitch, three leg joints. obs = q without x, qd."""
+
+    observes: ClassVar = "hopper"
+    reward_terms: ClassVar = dict(
+        constant=1.0, tilt=0.524**-2, square=0.1, height_offset=0.30, height_limit=0.3, height_scale=1.0
+    )
 
     def observe(self, q, qd, shown_action):
         return torch.cat([q[:, 1:], qd], -1)
@@ -114,6 +132,7 @@ class Walker(DflexTask):
 
     start_rotation: tuple[float, float, float, float] = FACING_X
     target: float = 10000.0  # x of the point to walk to, m
+    observes: ClassVar = "walker"
 
     def observe(self, q, qd, shown_action):
         p, r, omega = q[:, :3], q[:, 3:7], qd[:, :3]
@@ -126,6 +145,12 @@ class Walker(DflexTask):
         parts = [p[:, 1:2], r, velocity, omega, q[:, 7:], 0.1 * qd[:, 6:], up, heading]
         return torch.cat([*parts, shown_action] if self.action_obs else parts, -1)
 
+    def terms(self):
+        forms = attitude_forms(self.start_rotation)[0].view(4, 3, 4).transpose(0, 1)
+        form_up, form_x, form_z = (0.5 * (forms + forms.mT)).numpy()
+        walk = dict(up=0.1, heading=1.0, attitude=self.obs_dim - self.action_obs - 2, target=self.target)
+        return super().terms() | walk | dict(form_up=form_up, form_x=form_x, form_z=form_z)
+
     def add_noise(self, q, qd, generator):
         n = len(q)
         q[:, :3] += uniform(n, 3, 0.2, generator)
@@ -137,22 +162,30 @@ class Walker(DflexTask):
 
 
 class Ant(Walker):
+    reward_terms: ClassVar = dict(slope=1.0, constant=-0.27)
+
     def reward(self, obs, action):
         return obs[:, 5] + 0.1 * obs[:, 27] + obs[:, 28] + obs[:, 0] - 0.27
 
 
 class Humanoid(Walker):
+    reward_terms: ClassVar = dict(square=0.002, height_offset=-0.84, height_limit=0.1, height_scale=10.0)
+
     def reward(self, obs, action):
         height = height_reward(obs[:, 0] - 0.74 - 0.10, limit=0.1, scale=10.0)
         return obs[:, 5] + 0.1 * obs[:, 53] + obs[:, 54] + height - 0.002 * action.square().sum(-1)
 
 
 class Anymal(Walker):
+    reward_terms: ClassVar = dict(slope=1.0, constant=-0.25, square=0.005)
+
     def reward(self, obs, action):
         return obs[:, 5] + 0.1 * obs[:, 35] + obs[:, 36] + obs[:, 0] - 0.25 - 0.005 * action.square().sum(-1)
 
 
 class SNUHumanoid(Walker):
+    reward_terms: ClassVar = dict(absolute=0.001)
+
     def reward(self, obs, action):
         return obs[:, 5] + 0.1 * obs[:, 51] + obs[:, 52] - 0.001 * action.abs().sum(-1)
 
