@@ -8,12 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "elementwise_table.hpp"
 #include "elementwise_threads.hpp"
+#include "isa.hpp"
 
 namespace py = pybind11;
 
@@ -25,46 +24,12 @@ using Address = std::uintptr_t;
 const float* in(Address address) { return reinterpret_cast<const float*>(address); }
 float* out(Address address) { return reinterpret_cast<float*>(address); }
 
-struct Isa {
-    const char* name;
-    const ElementwiseTable* table;
-};
-
-// What this machine can run, best first.
-const std::vector<Isa>& available() {
-    static const std::vector<Isa> list = [] {
-        std::vector<Isa> found;
+const ElementwiseTable& table() {
 #ifdef PWM_FAST_X86
-        __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-        if (avx2 && avx512) found.push_back({"avx512", &elementwise_avx512()});
-        if (avx2) found.push_back({"avx2", &elementwise_avx2()});
+    if (selected_isa() == Isa::avx512) return elementwise_avx512();
+    if (selected_isa() == Isa::avx2) return elementwise_avx2();
 #endif
-        found.push_back({"portable", &elementwise_portable()});
-        return found;
-    }();
-    return list;
-}
-
-Isa& selected() {
-    static Isa isa = available().front();
-    return isa;
-}
-
-const ElementwiseTable& table() { return *selected().table; }
-
-void set_isa(const std::string& name) {
-    std::string known;
-    for (const Isa& isa : available()) {
-        if (name == isa.name) {
-            selected() = isa;
-            return;
-        }
-        known += std::string(known.empty() ? "" : ", ") + isa.name;
-    }
-    throw std::invalid_argument("instruction set '" + name + "' cannot run here; available: " + known);
+    return elementwise_portable();
 }
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // elements, some 20 us: less is done sooner than a thread wakes up
@@ -266,10 +231,10 @@ void register_elementwise(py::module_& module) {
     define("two_hot_cross_entropy_backward", &two_hot_cross_entropy_backward);
     define("td_lambda", &td_lambda);
     define("clip_adam", &clip_adam);
-    module.def("isa", [] { return selected().name; }, "The instruction set that the elementwise kernels use.");
+    module.def("isa", [] { return name_of(selected_isa()); }, "The instruction set that the native kernels use.");
     module.def("available_isas", [] {
         py::list names;
-        for (const Isa& isa : available()) names.append(isa.name);
+        for (const Isa isa : available_isas()) names.append(name_of(isa));
         return names;
     }, "What this machine can run, best first.");
     module.def("set_isa", &set_isa, py::arg("name"),

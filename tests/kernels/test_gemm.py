@@ -7,9 +7,7 @@ from closeness import relative_error
 from pwm_fast import backend
 from pwm_fast.kernels import gemm
 
-pytestmark = pytest.mark.skipif(
-    backend.native is None or not backend.native.has_gemm(), reason="needs the native module and AVX-512"
-)
+pytestmark = pytest.mark.usefixtures("isa")  # every instruction set that this machine can run
 
 # Tiles of 14 rows, panels of 32 columns in two vectors, blocks of 640 and 1024 along k, 1.5 MB between small and large.
 SHAPES = [
@@ -68,7 +66,7 @@ def test_packed_weights(shape: tuple[int, int, int]) -> None:
     rows, outputs, inputs = shape
     weight, bias = random(1, outputs, inputs), random(outputs, seed=1)
     for one in (weight, transposed(weight), strided(weight)):
-        packed = gemm.pack(one[0])
+        packed = gemm.pack(one[0], backend="native")
         assert packed is not None
         for x in (random(rows, inputs, seed=2), strided(random(1, rows, inputs, seed=2))[0]):
             expected = x.double() @ weight[0].double().T
@@ -132,7 +130,7 @@ def test_wrong_shapes_are_named() -> None:
         gemm.multiply(backend.native, random(1, 2, 3), random(1, 4, 5), untouched(1, 2, 5))
     with pytest.raises(ValueError, match=r"vectors must be \(1, 5\)"):
         gemm.multiply(backend.native, random(1, 2, 3), random(1, 3, 5), untouched(1, 2, 5), random(1, 4))
-    packed = gemm.pack(random(4, 3))
+    packed = gemm.pack(random(4, 3), backend="native")
     assert packed is not None
     with pytest.raises(ValueError, match=r"x must be float32 \[R, 3\]"):
         packed.product(random(2, 4))
