@@ -21,8 +21,8 @@ constexpr int64_t kLongest = 264;        // along k: B's panel and A's tile take
 constexpr int64_t kBlockRows = 43 * 6;   // A's block then takes 272 of 512 KB
 constexpr int64_t kSlack = 16;           // floats that whole vectors may touch beyond the last packed ones
 
-PWM_FAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PWM_FAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+PWM_FAST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PWM_FAST_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 PWM_FAST_INLINE int64_t pieces(int64_t length, int64_t longest) { return most((length + longest - 1) / longest, 1); }
 
 PWM_FAST_INLINE Vec multiply_add(float a, Vec b, Vec c) {
@@ -38,10 +38,13 @@ template <int kRows, int kVectors, typename Last>
 PWM_FAST_INLINE void tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, int64_t depth, Last last,
                           const float* bias, bool accumulate) {
     Vec sum[kRows][kVectors];
+#pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i) {
         __builtin_prefetch(c + i * ldc, 1);
+#pragma GCC unroll 2
         for (int j = 0; j < kVectors; ++j) sum[i][j] = Vec{};
     }
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += b_row) {
         Vec columns[kVectors];
 #pragma GCC unroll 2
@@ -54,6 +57,7 @@ PWM_FAST_INLINE void tile(const float* a, const float* b, int64_t b_row, float* 
     }
     const auto finish = [&](int j, auto part) __attribute__((always_inline)) {
         const Vec start = bias ? part.load(bias + j * kLanes) : Vec{};
+#pragma GCC unroll 6
         for (int i = 0; i < kRows; ++i) {
             float* const at = c + i * ldc + j * kLanes;
             part.store(at, sum[i][j] + (accumulate ? part.load(at) : start));
@@ -81,12 +85,14 @@ constexpr Tile kTiles[kTileRows] = {run_tile<1, kVectors>, run_tile<2, kVectors>
                                     run_tile<4, kVectors>, run_tile<5, kVectors>, run_tile<6, kVectors>};
 
 #if defined(__AVX2__)
-// out[k * out_row + i] = in[i * in_row + k] for `rows` <= 8 rows and 8 columns, zero for rows beyond; k ascending, so that
-// the next store mends what the last one wrote too far.
+// out[k * out_row + i] = in[i * in_row + k] for 8 columns k and `rows` of at most kRows rows i, zero for rows beyond.
+template <int kRows>
 PWM_FAST_INLINE void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
     __m256 r[8], t[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) r[i] = i < rows ? _mm256_loadu_ps(in + i * in_row) : _mm256_setzero_ps();
+    for (int i = 0; i < 8; ++i) {
+        r[i] = i < kRows && i < rows ? _mm256_loadu_ps(in + i * in_row) : _mm256_setzero_ps();
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -107,7 +113,7 @@ PWM_FAST_INLINE void transpose_square(const float* in, int64_t in_row, int64_t r
 #endif
 
 // out[k][i] = in(i, k) for `width` <= kWidth places i and `depth` places k, with strides `across` in i and `along` in k;
-// zero for the places beyond `width`.
+// zero for the places beyond `width`. k ascends, so that a vector's end beyond kWidth is mended by the next one.
 template <int64_t kWidth>
 void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
     int64_t k = 0;
@@ -115,16 +121,20 @@ void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, i
         for (; k < depth; ++k) std::memcpy(out + k * kWidth, in + k * along, kWidth * sizeof(float));
         return;
     }
+    if (across == 1) {
+        for (; k < depth; ++k) {
+            for (int64_t i = 0; i < kWidth; i += kLanes) {
+                const Part part{static_cast<int>(least(most(width - i, 0), kLanes))};
+                Whole{}.store(out + k * kWidth + i, part.load(in + k * along + i));
+            }
+        }
+        return;
+    }
 #if defined(__AVX2__)
     if (along == 1) {
         for (; k + 8 <= depth; k += 8) {
             for (int64_t i = 0; i < kWidth; i += 8) {
-                const int64_t rows = most(least(width - i, least(kWidth, 8)), 0);
-                if (rows == least(kWidth, 8)) {
-                    transpose_square(in + i * across + k, across, least(kWidth, 8), out + k * kWidth + i, kWidth);
-                } else {
-                    transpose_square(in + (rows > 0 ? i : 0) * across + k, across, rows, out + k * kWidth + i, kWidth);
-                }
+                transpose_square<least(kWidth, 8)>(in + i * across + k, across, width - i, out + k * kWidth + i, kWidth);
             }
         }
     }
@@ -171,9 +181,27 @@ void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums,
     for (int64_t i = 0; i < rows; ++i) row_sums[i] = sums[i / kLanes][i % kLanes] + (accumulate ? row_sums[i] : 0.0f);
 }
 
-// Asks for a share of what the next tiles will read, so that a large B comes while the present panel is worked on.
-PWM_FAST_INLINE void fetch(const float* from, int64_t floats) {
-    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
+// Asks for part `piece` of `of` of a matrix [rows, columns], row-major, that will be read soon: what it takes to come from
+// the third-level cache is a tenth of a product otherwise.
+PWM_FAST_INLINE void fetch(const float* from, int64_t row, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
+    constexpr int64_t kLine = 16;
+    const int64_t lines = (columns + kLine - 1) / kLine;
+    const int64_t begin = rows * lines * piece / of, end = rows * lines * (piece + 1) / of;
+    int64_t i = begin / lines, j = begin % lines;
+    for (int64_t line = begin; line < end; ++line) {
+        __builtin_prefetch(from + i * row + j * kLine, 0, 2);
+        if (++j == lines) ++i, j = 0;
+    }
+}
+
+// The same for rows and columns of a matrix that lies either way.
+PWM_FAST_INLINE void fetch(const Matrix& from, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
+    if (from.column == 1) return fetch(from.data, from.row, rows, columns, piece, of);
+    if (from.row == 1) fetch(from.data, from.column, columns, rows, piece, of);
+}
+
+PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
+    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
 }
 
 // Columns of C counted in panels [first, last), from rows [begin, begin + height) and `depth` places from k.
@@ -185,7 +213,8 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = begin + edge(t), rows = edge(t + 1) - edge(t);
         float* const packed = a + t * kTileRows * depth;
-        pack_strip<kTileRows>(p.a.data + row * p.a.row + k * p.a.column, p.a.row, p.a.column, rows, depth, packed);
+        if (t + 1 < tiles) fetch(part_of(p.a, row + rows, k), edge(t + 2) - edge(t + 1), depth, 0, 1);
+        pack_strip<kTileRows>(part_of(p.a, row, k).data, p.a.row, p.a.column, rows, depth, packed);
         // Only who works on the first panel writes them.
         if (p.row_sums && first == 0) sum_rows(packed, rows, depth, p.row_sums + row, k > 0);
     }
@@ -201,13 +230,11 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
             pack_panel(p.b, k, depth, column, p.n, packed);
             b = packed;
         }
+        const Matrix next = p.packed ? Matrix{b + kPanel * p.k, kPanel, 1} : part_of(p.b, k, column + kPanel);
         const bool wide = width > kLanes;
         const Tile* const run = wide ? kTiles<2> : kTiles<1>;
         for (int64_t t = 0; t < tiles; ++t) {
-            if (p.packed && panel + 1 < last) {
-                const int64_t floats = kPanel * depth, here = floats * t / tiles;
-                fetch(b + kPanel * p.k + here, floats * (t + 1) / tiles - here);
-            }
+            if (panel + 1 < last) fetch(next, depth, least(p.n - column - kPanel, kPanel), t, tiles);
             run[edge(t + 1) - edge(t) - 1](a + t * kTileRows * depth, b, b_row, p.c + (begin + edge(t)) * p.ldc + column,
                                            p.ldc, depth, static_cast<int>(width), p.bias ? p.bias + column : nullptr,
                                            k > 0);
