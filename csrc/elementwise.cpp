@@ -5,6 +5,8 @@
 // gradients, norms) are added up in order.
 #include "elementwise.hpp"
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,7 +21,7 @@ namespace py = pybind11;
 namespace pwm_fast {
 namespace {
 
-using Address = std::uintptr_t;
+Address address(const float* data) { return reinterpret_cast<Address>(data); }
 
 const float* in(Address address) { return reinterpret_cast<const float*>(address); }
 float* out(Address address) { return reinterpret_cast<float*>(address); }
@@ -113,8 +115,8 @@ void layernorm_mish_backward(Address dy, Address x, Address mean, Address rstd, 
                                                              columns, threads);
 }
 
-void mish_layernorm_backward(Address dy, Address x, Address mean, Address rstd, Address w, Address dx, Address dw,
-                             Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+void mish_layernorm_backward_groups(Address dy, Address x, Address mean, Address rstd, Address w, Address dx, Address dw,
+                                    Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
     row_backward<&ElementwiseTable::mish_layernorm_backward>(dy, 0, x, mean, rstd, w, 0, dx, dw, db, groups, rows,
                                                              columns, threads);
 }
@@ -128,6 +130,7 @@ void layernorm_simnorm_backward(Address dy, Address y, Address x, Address mean, 
 // Calls work(first row, number of rows) over rows of `bins` logits.
 template <typename Work>
 void over_rows(int64_t rows, int64_t bins, int threads, const Work& work) {
+    table();  // where it raises, it does so on this thread
     const RowTasks tasks(1, rows, bins, kElementsPerChunk / std::max<int64_t>(bins, 1));
     tasks.run(useful_threads(rows * bins, threads),
               [&](int64_t, int64_t, int64_t row, int64_t count, int) { work(row, count); });
@@ -175,13 +178,14 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
                int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
     const int64_t chunks = (count + kElementsPerChunk - 1) / kElementsPerChunk;
     const int used = useful_threads(policies * count, threads);
+    const ElementwiseTable& kernels = table();
     std::vector<double> squares(static_cast<size_t>(policies * chunks));
     WorkerPool& pool = WorkerPool::instance();
     const auto size_of = [&](int64_t chunk) { return std::min(count - chunk * kElementsPerChunk, kElementsPerChunk); };
     pool.run(policies * chunks, used, [&](int64_t task, int) {
         const int64_t policy = task / chunks, chunk = task % chunks;
         squares[task] =
-            table().sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
+            kernels.sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
     });
 
     std::vector<AdamConstants> constants(static_cast<size_t>(policies));
@@ -207,11 +211,24 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
         const int64_t policy = task / chunks, chunk = task % chunks;
         if (!update[policy]) return;
         const int64_t at = policy * count + chunk * kElementsPerChunk;
-        table().adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
+        kernels.adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
     });
 }
 
 }  // namespace
+
+void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
+                            int64_t rows, int64_t columns, float eps, int threads) {
+    row_forward<&ElementwiseTable::mish_layernorm_forward>(address(x), address(w), address(b), address(y), address(mean),
+                                                           address(rstd), 1, rows, columns, eps, threads);
+}
+
+void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
+                             float* dx, float* dw, float* db, int64_t rows, int64_t columns, int threads) {
+    mish_layernorm_backward_groups(address(dy), address(x), address(mean), address(rstd), address(w), address(dx),
+                                   address(dw), address(db), 1, rows, columns, threads);
+}
+
 }  // namespace pwm_fast
 
 void register_elementwise(py::module_& module) {
@@ -222,7 +239,7 @@ void register_elementwise(py::module_& module) {
     define("layernorm_mish_forward", &row_forward<&ElementwiseTable::layernorm_mish_forward>);
     define("layernorm_mish_backward", &layernorm_mish_backward);
     define("mish_layernorm_forward", &row_forward<&ElementwiseTable::mish_layernorm_forward>);
-    define("mish_layernorm_backward", &mish_layernorm_backward);
+    define("mish_layernorm_backward", &mish_layernorm_backward_groups);
     define("layernorm_simnorm_forward", &row_forward<&ElementwiseTable::layernorm_simnorm_forward>);
     define("layernorm_simnorm_backward", &layernorm_simnorm_backward);
     define("two_hot_expectation_forward", &two_hot_expectation_forward);

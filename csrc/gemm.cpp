@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 
+#include "elementwise.hpp"
 #include "elementwise_threads.hpp"
 #include "isa.hpp"
 
@@ -29,7 +30,6 @@ const GemmTable& table() {
 // The portable kernel is a fallback for those who ask for it: torch's libraries know more machines.
 bool fastest() { return selected_isa() != Isa::portable || isa_is_forced(); }
 
-using Address = std::uintptr_t;
 using Operand = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;  // address, strides row column member, share
 using Output = std::tuple<Address, int64_t, int64_t>;                     // address, strides row group
 using Vector = std::tuple<Address, int64_t>;                              // address or 0, stride group
@@ -46,34 +46,39 @@ Matrix member(const Operand& operand, int64_t group) {
 
 constexpr double kWorkPerThread = 4e6;  // multiplications, some 70 us: less is done sooner than a thread wakes up
 
+int useful_threads(double multiplications, int threads) {
+    return static_cast<int>(std::clamp(multiplications / kWorkPerThread, 1.0, std::max<double>(threads, 1)));
+}
+
+// Products of one shape, product_of(group), over groups and panels of columns. Every task packs its rows of A again, so
+// there are no more tasks than threads within a group.
+template <typename ProductOf>
+void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int threads, const ProductOf& product_of) {
+    if (m < 1 || n < 1) return;
+    const GemmTable& kernels = table();
+    const int used = useful_threads(static_cast<double>(groups * m) * static_cast<double>(n * k), threads);
+    const int64_t panels = (n + kernels.panel - 1) / kernels.panel, parts = std::min<int64_t>(used, panels);
+    WorkerPool::instance().run(groups * parts, used, [&](int64_t task, int) {
+        const int64_t part = task % parts;
+        kernels.multiply(product_of(task / parts), panels * part / parts, panels * (part + 1) / parts);
+    });
+}
+
 // C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k. `packed` is 0, or the panel's width
 // that B was packed for.
 void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, const Vector& bias, const Vector& row_sums,
           int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
-    if (m < 1 || n < 1) return;
-    const GemmTable& kernels = table();
-    if (packed != 0 && packed != kernels.panel) {
+    if (packed != 0 && packed != table().panel) {
         throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " columns, " +
-                                    name_of(selected_isa()) + " reads " + std::to_string(kernels.panel) +
+                                    name_of(selected_isa()) + " reads " + std::to_string(table().panel) +
                                     ": pack it again after set_isa");
     }
-    const int64_t panels = (n + kernels.panel - 1) / kernels.panel;
-    const double work = static_cast<double>(groups * m) * static_cast<double>(n * k);
-    const int used = static_cast<int>(std::clamp(work / kWorkPerThread, 1.0, std::max<double>(threads, 1)));
-    // Every task packs its rows of A again, so no more tasks than threads within a group.
-    const int64_t parts = std::min<int64_t>(used, panels);
-    const auto [c_address, c_row, c_group] = c;
-    const auto [bias_address, bias_group] = bias;
-    const auto [sums_address, sums_group] = row_sums;
-    const auto run = [&, c_address = c_address, c_row = c_row, c_group = c_group, bias_address = bias_address,
-                      bias_group = bias_group, sums_address = sums_address,
-                      sums_group = sums_group](int64_t task, int) {
-        const int64_t group = task / parts, part = task % parts;
-        const Product product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
-                              at(bias_address, group * bias_group), at(sums_address, group * sums_group)};
-        kernels.multiply(product, panels * part / parts, panels * (part + 1) / parts);
-    };
-    WorkerPool::instance().run(groups * parts, used, run);
+    multiply_groups(groups, m, n, k, threads, [&](int64_t group) {
+        const auto [c_address, c_row, c_group] = c;
+        const auto vector = [&](const Vector& v) { return at(std::get<0>(v), group * std::get<1>(v)); };
+        return Product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
+                       vector(bias), vector(row_sums)};
+    });
 }
 
 void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, Address out) {
@@ -86,12 +91,20 @@ int64_t gemm_packed_floats(int64_t k, int64_t n) {
 }
 
 }  // namespace
+
+void multiply_on_threads(const Product& product, int threads) {
+    multiply_groups(1, product.m, product.n, product.k, threads, [&](int64_t) { return product; });
+}
+
 }  // namespace pwm_fast
+
+void register_gemm_mlp(py::module_& module);
 
 void register_gemm(py::module_& module) {
     using namespace pwm_fast;
     module.def("has_gemm", &fastest, "Whether gemm is the automatic choice: AVX2 or better, or a forced instruction set.");
     module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
+    register_gemm_mlp(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_panel", [] { return table().panel; }, "Columns of a panel, as gemm_pack writes them.");
     module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n].");

@@ -33,6 +33,9 @@ struct GemmTable {
     void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
 };
 
+// The product with the selected instruction set; elements do not depend on the number of threads.
+void multiply_on_threads(const Product& product, int threads);
+
 const GemmTable& gemm_portable();
 #ifdef PWM_FAST_X86
 const GemmTable& gemm_avx2();
