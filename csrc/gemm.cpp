@@ -85,6 +85,12 @@ void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n,
     table().pack({at(b, 0), b_row, b_column}, k, n, at(out, 0));
 }
 
+// Floating-point operations done, and their result.
+std::tuple<double, float> gemm_peak(int64_t rounds) {
+    const float sum = table().multiply_adds(rounds);
+    return {2.0 * static_cast<double>(rounds * kChains * table().lanes), sum};
+}
+
 int64_t gemm_packed_floats(int64_t k, int64_t n) {
     const int64_t panel = table().panel;
     return (n + panel - 1) / panel * panel * k;
@@ -106,6 +112,7 @@ void register_gemm(py::module_& module) {
     module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
     register_gemm_mlp(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
+    module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
     module.def("gemm_panel", [] { return table().panel; }, "Columns of a panel, as gemm_pack writes them.");
     module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n].");
 }

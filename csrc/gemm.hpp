@@ -22,6 +22,8 @@ struct Product {
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
 };
 
+constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle
+
 // One instruction set's kernels; gemm.cpp picks the table and splits the work over groups and threads.
 struct GemmTable {
     int64_t panel;  // B is worked on in panels of this many columns
@@ -31,6 +33,10 @@ struct GemmTable {
 
     // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n.
     void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
+
+    // Sums that need no memory, kChains of `lanes` floats at once: what the core can do at most.
+    int64_t lanes;
+    float (*multiply_adds)(int64_t rounds);
 };
 
 // The product with the selected instruction set; elements do not depend on the number of threads.

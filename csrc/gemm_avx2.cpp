@@ -5,7 +5,7 @@
 namespace pwm_fast {
 
 const GemmTable& gemm_avx2() {
-    static constexpr GemmTable table = {kPanel, multiply, pack};
+    static constexpr GemmTable table = {kPanel, multiply, pack, kLanes, multiply_adds};
     return table;
 }
 

@@ -256,10 +256,25 @@ void pack(const Matrix& b, int64_t k, int64_t n, float* out) {
     }
 }
 
+float multiply_adds(int64_t rounds) {
+    __m512 sums[kChains];
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) sums[j] = _mm512_set1_ps(static_cast<float>(j));  // all different: none is spared
+    const __m512 half = _mm512_set1_ps(0.5f);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int j = 0; j < kChains; ++j) sums[j] = _mm512_fmadd_ps(half, sums[j], half);
+    }
+    __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) total = _mm512_add_ps(total, sums[j]);
+    return _mm512_reduce_add_ps(total);
+}
+
 }  // namespace
 
 const GemmTable& gemm_avx512() {
-    static constexpr GemmTable table = {kPanel, multiply, pack};
+    static constexpr GemmTable table = {kPanel, multiply, pack, kLanes, multiply_adds};
     return table;
 }
 

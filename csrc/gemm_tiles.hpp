@@ -276,4 +276,19 @@ void pack(const Matrix& b, int64_t k, int64_t n, float* out) {
     for (int64_t column = 0; column < n; column += kPanel) pack_panel(b, 0, k, column, n, out + column * k);
 }
 
+float multiply_adds(int64_t rounds) {
+    Vec sums[pwm_fast::kChains];
+#pragma GCC unroll 12
+    for (int j = 0; j < pwm_fast::kChains; ++j) sums[j] = splat(static_cast<float>(j));  // all different: none is spared
+    const Vec step = splat(0.5f);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int j = 0; j < pwm_fast::kChains; ++j) sums[j] = multiply_add(0.5f, sums[j], step);
+    }
+    Vec total{};
+#pragma GCC unroll 12
+    for (int j = 0; j < pwm_fast::kChains; ++j) total += sums[j];
+    return sum_lanes(total);
+}
+
 }  // namespace
