@@ -5,66 +5,33 @@
 // gradients, norms) are added up in order.
 #include "elementwise.hpp"
 
+#include <pybind11/pybind11.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "elementwise_table.hpp"
 #include "elementwise_threads.hpp"
+#include "isa.hpp"
 
 namespace py = pybind11;
 
 namespace pwm_fast {
 namespace {
 
-using Address = std::uintptr_t;
+Address address(const float* data) { return reinterpret_cast<Address>(data); }
 
 const float* in(Address address) { return reinterpret_cast<const float*>(address); }
 float* out(Address address) { return reinterpret_cast<float*>(address); }
 
-struct Isa {
-    const char* name;
-    const ElementwiseTable* table;
-};
-
-// What this machine can run, best first.
-const std::vector<Isa>& available() {
-    static const std::vector<Isa> list = [] {
-        std::vector<Isa> found;
+const ElementwiseTable& table() {
 #ifdef PWM_FAST_X86
-        __builtin_cpu_init();
-        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-        if (avx2 && avx512) found.push_back({"avx512", &elementwise_avx512()});
-        if (avx2) found.push_back({"avx2", &elementwise_avx2()});
+    if (selected_isa() == Isa::avx512) return elementwise_avx512();
+    if (selected_isa() == Isa::avx2) return elementwise_avx2();
 #endif
-        found.push_back({"portable", &elementwise_portable()});
-        return found;
-    }();
-    return list;
-}
-
-Isa& selected() {
-    static Isa isa = available().front();
-    return isa;
-}
-
-const ElementwiseTable& table() { return *selected().table; }
-
-void set_isa(const std::string& name) {
-    std::string known;
-    for (const Isa& isa : available()) {
-        if (name == isa.name) {
-            selected() = isa;
-            return;
-        }
-        known += std::string(known.empty() ? "" : ", ") + isa.name;
-    }
-    throw std::invalid_argument("instruction set '" + name + "' cannot run here; available: " + known);
+    return elementwise_portable();
 }
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // elements, some 20 us: less is done sooner than a thread wakes up
@@ -148,8 +115,8 @@ void layernorm_mish_backward(Address dy, Address x, Address mean, Address rstd, 
                                                              columns, threads);
 }
 
-void mish_layernorm_backward(Address dy, Address x, Address mean, Address rstd, Address w, Address dx, Address dw,
-                             Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+void mish_layernorm_backward_groups(Address dy, Address x, Address mean, Address rstd, Address w, Address dx, Address dw,
+                                    Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
     row_backward<&ElementwiseTable::mish_layernorm_backward>(dy, 0, x, mean, rstd, w, 0, dx, dw, db, groups, rows,
                                                              columns, threads);
 }
@@ -163,6 +130,7 @@ void layernorm_simnorm_backward(Address dy, Address y, Address x, Address mean, 
 // Calls work(first row, number of rows) over rows of `bins` logits.
 template <typename Work>
 void over_rows(int64_t rows, int64_t bins, int threads, const Work& work) {
+    table();  // where it raises, it does so on this thread
     const RowTasks tasks(1, rows, bins, kElementsPerChunk / std::max<int64_t>(bins, 1));
     tasks.run(useful_threads(rows * bins, threads),
               [&](int64_t, int64_t, int64_t row, int64_t count, int) { work(row, count); });
@@ -210,13 +178,14 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
                int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
     const int64_t chunks = (count + kElementsPerChunk - 1) / kElementsPerChunk;
     const int used = useful_threads(policies * count, threads);
+    const ElementwiseTable& kernels = table();
     std::vector<double> squares(static_cast<size_t>(policies * chunks));
     WorkerPool& pool = WorkerPool::instance();
     const auto size_of = [&](int64_t chunk) { return std::min(count - chunk * kElementsPerChunk, kElementsPerChunk); };
     pool.run(policies * chunks, used, [&](int64_t task, int) {
         const int64_t policy = task / chunks, chunk = task % chunks;
         squares[task] =
-            table().sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
+            kernels.sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
     });
 
     std::vector<AdamConstants> constants(static_cast<size_t>(policies));
@@ -242,11 +211,24 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
         const int64_t policy = task / chunks, chunk = task % chunks;
         if (!update[policy]) return;
         const int64_t at = policy * count + chunk * kElementsPerChunk;
-        table().adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
+        kernels.adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
     });
 }
 
 }  // namespace
+
+void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
+                            int64_t rows, int64_t columns, float eps, int threads) {
+    row_forward<&ElementwiseTable::mish_layernorm_forward>(address(x), address(w), address(b), address(y), address(mean),
+                                                           address(rstd), 1, rows, columns, eps, threads);
+}
+
+void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
+                             float* dx, float* dw, float* db, int64_t rows, int64_t columns, int threads) {
+    mish_layernorm_backward_groups(address(dy), address(x), address(mean), address(rstd), address(w), address(dx),
+                                   address(dw), address(db), 1, rows, columns, threads);
+}
+
 }  // namespace pwm_fast
 
 void register_elementwise(py::module_& module) {
@@ -257,7 +239,7 @@ void register_elementwise(py::module_& module) {
     define("layernorm_mish_forward", &row_forward<&ElementwiseTable::layernorm_mish_forward>);
     define("layernorm_mish_backward", &layernorm_mish_backward);
     define("mish_layernorm_forward", &row_forward<&ElementwiseTable::mish_layernorm_forward>);
-    define("mish_layernorm_backward", &mish_layernorm_backward);
+    define("mish_layernorm_backward", &mish_layernorm_backward_groups);
     define("layernorm_simnorm_forward", &row_forward<&ElementwiseTable::layernorm_simnorm_forward>);
     define("layernorm_simnorm_backward", &layernorm_simnorm_backward);
     define("two_hot_expectation_forward", &two_hot_expectation_forward);
@@ -266,10 +248,10 @@ void register_elementwise(py::module_& module) {
     define("two_hot_cross_entropy_backward", &two_hot_cross_entropy_backward);
     define("td_lambda", &td_lambda);
     define("clip_adam", &clip_adam);
-    module.def("isa", [] { return selected().name; }, "The instruction set that the elementwise kernels use.");
+    module.def("isa", [] { return name_of(selected_isa()); }, "The instruction set that the native kernels use.");
     module.def("available_isas", [] {
         py::list names;
-        for (const Isa& isa : available()) names.append(isa.name);
+        for (const Isa isa : available_isas()) names.append(name_of(isa));
         return names;
     }, "What this machine can run, best first.");
     module.def("set_isa", &set_isa, py::arg("name"),

@@ -6,27 +6,30 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
+#include "elementwise.hpp"
 #include "elementwise_threads.hpp"
+#include "isa.hpp"
 
 namespace py = pybind11;
 
 namespace pwm_fast {
 namespace {
 
-// MKL and oneDNN are good wherever this is not.
-bool available() {
+const GemmTable& table() {
 #ifdef PWM_FAST_X86
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
-#else
-    return false;
+    if (selected_isa() == Isa::avx512) return gemm_avx512();
+    if (selected_isa() == Isa::avx2) return gemm_avx2();
 #endif
+    return gemm_portable();
 }
 
-#ifdef PWM_FAST_X86
-using Address = std::uintptr_t;
+// The portable kernel is a fallback for those who ask for it: torch's libraries know more machines.
+bool fastest() { return selected_isa() != Isa::portable || isa_is_forced(); }
+
 using Operand = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;  // address, strides row column member, share
 using Output = std::tuple<Address, int64_t, int64_t>;                     // address, strides row group
 using Vector = std::tuple<Address, int64_t>;                              // address or 0, stride group
@@ -43,43 +46,73 @@ Matrix member(const Operand& operand, int64_t group) {
 
 constexpr double kWorkPerThread = 4e6;  // multiplications, some 70 us: less is done sooner than a thread wakes up
 
-// C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k.
-void gemm(const Operand& a, const Operand& b, bool packed, const Output& c, const Vector& bias, const Vector& row_sums,
-          int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
+int useful_threads(double multiplications, int threads) {
+    return static_cast<int>(std::clamp(multiplications / kWorkPerThread, 1.0, std::max<double>(threads, 1)));
+}
+
+// Products of one shape, product_of(group), over groups and panels of columns. Every task packs its rows of A again, so
+// there are no more tasks than threads within a group.
+template <typename ProductOf>
+void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int threads, const ProductOf& product_of) {
     if (m < 1 || n < 1) return;
-    const double work = static_cast<double>(groups * m) * static_cast<double>(n * k);
-    const int used = static_cast<int>(std::clamp(work / kWorkPerThread, 1.0, std::max<double>(threads, 1)));
-    // Every task packs its rows of A again, so no more tasks than threads within a group.
-    const int64_t parts = std::min<int64_t>(used, panels(n));
-    const auto [c_address, c_row, c_group] = c;
-    const auto [bias_address, bias_group] = bias;
-    const auto [sums_address, sums_group] = row_sums;
-    const auto run = [&, c_address = c_address, c_row = c_row, c_group = c_group, bias_address = bias_address,
-                      bias_group = bias_group, sums_address = sums_address,
-                      sums_group = sums_group](int64_t task, int) {
-        const int64_t group = task / parts, part = task % parts;
-        const Product product{m, n, k, member(a, group), member(b, group), packed, at(c_address, group * c_group), c_row,
-                              at(bias_address, group * bias_group), at(sums_address, group * sums_group)};
-        multiply_avx512(product, panels(n) * part / parts, panels(n) * (part + 1) / parts);
-    };
-    WorkerPool::instance().run(groups * parts, used, run);
+    const GemmTable& kernels = table();
+    const int used = useful_threads(static_cast<double>(groups * m) * static_cast<double>(n * k), threads);
+    const int64_t panels = (n + kernels.panel - 1) / kernels.panel, parts = std::min<int64_t>(used, panels);
+    WorkerPool::instance().run(groups * parts, used, [&](int64_t task, int) {
+        const int64_t part = task % parts;
+        kernels.multiply(product_of(task / parts), panels * part / parts, panels * (part + 1) / parts);
+    });
+}
+
+// C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k. `packed` is 0, or the panel's width
+// that B was packed for.
+void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, const Vector& bias, const Vector& row_sums,
+          int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
+    if (packed != 0 && packed != table().panel) {
+        throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " columns, " +
+                                    name_of(selected_isa()) + " reads " + std::to_string(table().panel) +
+                                    ": pack it again after set_isa");
+    }
+    multiply_groups(groups, m, n, k, threads, [&](int64_t group) {
+        const auto [c_address, c_row, c_group] = c;
+        const auto vector = [&](const Vector& v) { return at(std::get<0>(v), group * std::get<1>(v)); };
+        return Product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
+                       vector(bias), vector(row_sums)};
+    });
 }
 
 void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, Address out) {
-    pack_avx512({at(b, 0), b_row, b_column}, k, n, at(out, 0));
+    table().pack({at(b, 0), b_row, b_column}, k, n, at(out, 0));
 }
-#endif
+
+// Floating-point operations done, and their result.
+std::tuple<double, float> gemm_peak(int64_t rounds) {
+    const float sum = table().multiply_adds(rounds);
+    return {2.0 * static_cast<double>(rounds * kChains * table().lanes), sum};
+}
+
+int64_t gemm_packed_floats(int64_t k, int64_t n) {
+    const int64_t panel = table().panel;
+    return (n + panel - 1) / panel * panel * k;
+}
 
 }  // namespace
+
+void multiply_on_threads(const Product& product, int threads) {
+    multiply_groups(1, product.m, product.n, product.k, threads, [&](int64_t) { return product; });
+}
+
 }  // namespace pwm_fast
+
+void register_gemm_mlp(py::module_& module);
 
 void register_gemm(py::module_& module) {
     using namespace pwm_fast;
-    module.def("has_gemm", &available, "Whether gemm can run: the machine has AVX-512.");
-#ifdef PWM_FAST_X86
+    module.def("has_gemm", &fastest, "Whether gemm is the automatic choice: AVX2 or better, or a forced instruction set.");
     module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
+    register_gemm_mlp(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
-    module.def("gemm_packed_floats", [](int64_t k, int64_t n) { return panels(n) * kPanel * k; },
-               "Size of what gemm_pack writes for B [k, n].");
-#endif
+    module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
+    module.def("gemm_panel", [] { return table().panel; }, "Columns of a panel, as gemm_pack writes them.");
+    module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n].");
 }

@@ -15,24 +15,37 @@ struct Matrix {
 struct Product {
     int64_t m, n, k;
     Matrix a, b;
-    bool packed;  // b.data is what pack() wrote; its strides are ignored
+    bool packed;  // b.data is what the same table's pack() wrote; its strides are ignored
     float* c;
     int64_t ldc;
     const float* bias;
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
 };
 
-// B is worked on in panels of this many columns.
-constexpr int64_t kPanel = 32;
+constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle
 
-inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+// One instruction set's kernels; gemm.cpp picks the table and splits the work over groups and threads.
+struct GemmTable {
+    int64_t panel;  // B is worked on in panels of this many columns
 
+    // Columns [first, last) of C, counted in panels. Every element is summed in the same order whatever the range.
+    void (*multiply)(const Product& product, int64_t first, int64_t last);
+
+    // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n.
+    void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
+
+    // Sums that need no memory, kChains of `lanes` floats at once: what the core can do at most.
+    int64_t lanes;
+    float (*multiply_adds)(int64_t rounds);
+};
+
+// The product with the selected instruction set; elements do not depend on the number of threads.
+void multiply_on_threads(const Product& product, int threads);
+
+const GemmTable& gemm_portable();
 #ifdef PWM_FAST_X86
-// Columns [first, last) of C, counted in panels. Every element is summed in the same order whatever the range.
-void multiply_avx512(const Product& product, int64_t first, int64_t last);
-
-// B [k, n] as panels [panels(n)][k][kPanel], zeros beyond n.
-void pack_avx512(const Matrix& b, int64_t k, int64_t n, float* out);
+const GemmTable& gemm_avx2();
+const GemmTable& gemm_avx512();
 #endif
 
 }  // namespace pwm_fast

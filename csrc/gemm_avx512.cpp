@@ -13,6 +13,7 @@
 namespace pwm_fast {
 namespace {
 
+constexpr int64_t kPanel = 32;
 constexpr int64_t kTileRows = 14;    // 28 accumulators, 2 columns of B and a broadcast: 31 of 32 registers
 constexpr int64_t kTileStride = 16;  // rows of a packed tile of A are padded to one vector
 constexpr int64_t kSmall = 3 << 17;       // floats of B that count as small, 1.5 MB
@@ -237,9 +238,7 @@ void multiply_column(const Product& p) {
     }
 }
 
-}  // namespace
-
-void multiply_avx512(const Product& p, int64_t first, int64_t last) {
+void multiply(const Product& p, int64_t first, int64_t last) {
     if (p.n == 1 && !p.packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
     thread_local Scratch for_a, for_b;
     const bool small = p.k <= kSmallDepth && p.k * p.n <= kSmall;
@@ -251,10 +250,32 @@ void multiply_avx512(const Product& p, int64_t first, int64_t last) {
     }
 }
 
-void pack_avx512(const Matrix& b, int64_t k, int64_t n, float* out) {
-    for (int64_t panel = 0; panel < panels(n); ++panel) {
+void pack(const Matrix& b, int64_t k, int64_t n, float* out) {
+    for (int64_t panel = 0; panel * kPanel < n; ++panel) {
         pack_panel(b, 0, k, panel * kPanel, n, out + panel * kPanel * k);
     }
+}
+
+float multiply_adds(int64_t rounds) {
+    __m512 sums[kChains];
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) sums[j] = _mm512_set1_ps(static_cast<float>(j));  // all different: none is spared
+    const __m512 half = _mm512_set1_ps(0.5f);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int j = 0; j < kChains; ++j) sums[j] = _mm512_fmadd_ps(half, sums[j], half);
+    }
+    __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 12
+    for (int j = 0; j < kChains; ++j) total = _mm512_add_ps(total, sums[j]);
+    return _mm512_reduce_add_ps(total);
+}
+
+}  // namespace
+
+const GemmTable& gemm_avx512() {
+    static constexpr GemmTable table = {kPanel, multiply, pack, kLanes, multiply_adds};
+    return table;
 }
 
 }  // namespace pwm_fast

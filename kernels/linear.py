@@ -1,8 +1,8 @@
 """Linear layers over a leading group axis (policies, ensemble members): explicit forward and gradients.
 
-On CPUs with AVX-512, float32 runs on our own products (kernels/gemm.py). Elsewhere torch multiplies: batched on CUDA;
-on the CPU group by group in `forward` and `weight_grad`, where a batched product would first copy transposed weights
-and shared rows (1.8 times as long for three critics 512 -> 400 on 256 shared rows).
+On CPUs with AVX2 or AVX-512, float32 runs on our own products (kernels/gemm.py). Elsewhere torch multiplies: batched on
+CUDA; on the CPU group by group in `forward` and `weight_grad`, where a batched product would first copy transposed
+weights and shared rows (1.8 times as long for three critics 512 -> 400 on 256 shared rows).
 """
 
 from __future__ import annotations

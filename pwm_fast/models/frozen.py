@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
+from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, linear
 from pwm_fast.kernels.gemm import PackedWeight, pack
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer
@@ -86,7 +85,10 @@ class FrozenNetwork:
                     layernorm_mish.backward(dy[None], s.pre, s.mean, s.rstd, *norm, False, out=d_pre)
                 dy = d_pre[0]
             dx = w.tensor(f"{i}.dx", dy, dy.shape[0], layer.weight.shape[1])
-            dy = torch.mm(dy, layer.weight, out=dx) if packed is None else packed.product(dy, out=dx)
+            if packed is not None:
+                dy = packed.product(dy, out=dx)
+            else:
+                dy = linear.input_grad(dy[None], layer.weight[None], out=dx[None])[0]
         return dy.view(*lead, -1)
 
 
@@ -95,9 +97,8 @@ def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: i
     shared = layer.bias[0] if layer.bias.shape[0] == 1 else None
     if packed is not None:
         packed.product(x, shared, out=out)
-    elif shared is not None:
-        torch.addmm(shared, x, layer.weight.T, out=out)
     else:
-        torch.mm(x, layer.weight.T, out=out)
+        bias = None if shared is None else shared[None]
+        linear.forward(x[None], layer.weight[None], bias, out=out[None])
     if shared is None:
         out.view(-1, layer.bias.shape[0], batch, out.shape[1]).add_(layer.bias[:, None])

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import linear, mish_layernorm
+from pwm_fast.kernels.gemm import gemm_for
+from pwm_fast.kernels.mlp import NativeMLP
 from pwm_fast.models.parameters import FlatParameters
 from pwm_fast.models.workspace import Workspace
 
@@ -79,31 +81,59 @@ class PopulationMLP:
         self.parameters = FlatParameters(members, shapes | (extra or {}), dtype, device)
         for i in range(self.depth - 1):
             self.parameters[f"{i}.ln.weight"].fill_(1.0)
+        self._made: NativeMLP | None = None
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, Activations]:
         """Outputs [G, R, out] of inputs [G, R, in], and what `backward` needs (all of it in `workspace`, if given).
 
         Inputs [g, R, in] with g a divisor of G are shared by G / g neighbouring networks.
         """
-        p, w, rows = self.parameters, workspace or Workspace(), (self.members, x.shape[1])
-        hidden = []
+        p, w, rows, first = self.parameters, workspace or Workspace(), (self.members, x.shape[1]), x
+        native = self._native(first)
+        hidden, places = [], []
         for i, width in enumerate(self.widths[1:-1]):
-            pre = linear.forward(x, p[f"{i}.weight"], p[f"{i}.bias"], out=w.tensor(f"{i}.pre", p.flat, *rows, width))
-            place = (
-                w.tensor(f"{i}.y", pre, *rows, width),
-                w.tensor(f"{i}.mean", pre, *rows),
-                w.tensor(f"{i}.rstd", pre, *rows),
-            )
-            y, mean, rstd = mish_layernorm.forward(pre, p[f"{i}.ln.weight"], p[f"{i}.ln.bias"], EPS, out=place)
+            pre, y = (w.tensor(f"{i}.{name}", p.flat, *rows, width) for name in ("pre", "y"))
+            mean, rstd = (w.tensor(f"{i}.{name}", p.flat, *rows) for name in ("mean", "rstd"))
+            if native is None:
+                linear.forward(x, p[f"{i}.weight"], p[f"{i}.bias"], out=pre)
+                mish_layernorm.forward(pre, p[f"{i}.ln.weight"], p[f"{i}.ln.bias"], EPS, out=(y, mean, rstd))
+            places += [pre, y, mean, rstd]
             hidden.append(Hidden(x, pre, mean, rstd))
             x = y
         last = self.depth - 1
         out = w.tensor("out", p.flat, *rows, self.widths[-1])
-        return linear.forward(x, p[f"{last}.weight"], p[f"{last}.bias"], out=out), Activations(hidden, x)
+        if native is None:
+            linear.forward(x, p[f"{last}.weight"], p[f"{last}.bias"], out=out)
+        else:
+            native.forward(p.flat, first, places, out)
+        return out, Activations(hidden, x)
+
+    def _native(self, x: Tensor, *others: Tensor) -> NativeMLP | None:
+        """The kernel that runs all layers, if it can take inputs [g, R, in] and these `others`, all contiguous."""
+        p, shape = self.parameters, x.shape
+        if gemm_for(None, p.flat, x, *others) is None:
+            return None
+        if len(shape) != 3 or not shape[1] or shape[2] != self.widths[0] or self.members % shape[0] or x.stride(2) != 1:
+            return None  # layer by layer: the checks there name what is wrong
+        if not all(t.is_contiguous() for t in others):
+            return None
+        if self._made is None:
+            offsets = {name: view.storage_offset() for name, view in p.views.items()}
+            self._made = NativeMLP(self.widths, offsets, *p.flat.shape, EPS)
+        return self._made
 
     def backward(self, dy: Tensor, saved: Activations, workspace: Workspace | None = None) -> None:
         """Overwrite the gradients of all network parameters with those of sum(dy * y). dy [G, R, out]."""
-        self._backward(dy, saved, True, False, workspace or Workspace())
+        p, w, hidden = self.parameters, workspace or Workspace(), saved.hidden
+        outputs = [*(layer.x for layer in hidden[1:]), saved.last]
+        places = []
+        for i, (layer, y) in enumerate(zip(hidden, outputs), 1):
+            places += [layer.pre, y, layer.mean, layer.rstd, w.tensor(f"{i}.dx", dy, *dy.shape[:2], self.widths[i])]
+        native = self._native(hidden[0].x, dy, *places)
+        if native is None:
+            self._backward(dy, saved, True, False, w)
+        else:
+            native.backward(p.flat, p.grad, dy, hidden[0].x, places)
 
     def input_gradient(self, dy: Tensor, saved: Activations) -> Tensor:
         """Gradient [g, R, in] with respect to the input; parameters' gradients are left alone."""

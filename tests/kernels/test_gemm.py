@@ -1,5 +1,10 @@
 """The native matrix product at every edge of its blocks, against float64."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 from closeness import relative_error
@@ -7,11 +12,10 @@ from closeness import relative_error
 from pwm_fast import backend
 from pwm_fast.kernels import gemm
 
-pytestmark = pytest.mark.skipif(
-    backend.native is None or not backend.native.has_gemm(), reason="needs the native module and AVX-512"
-)
+pytestmark = pytest.mark.usefixtures("isa")  # every instruction set that this machine can run
 
-# Tiles of 14 rows, panels of 32 columns in two vectors, blocks of 640 and 1024 along k, 1.5 MB between small and large.
+# AVX-512: tiles of 14 rows, panels of 32 columns in two vectors, blocks of 640 and 1024 along k, 1.5 MB between small
+# and large. AVX2 and portable: tiles of 6 rows, panels of 16 and 8 columns, blocks of 264 along k and 258 along rows.
 SHAPES = [
     (1, 1, 1),
     (14, 32, 16),
@@ -21,6 +25,10 @@ SHAPES = [
     (3, 300, 1),
     (256, 1, 200),
     (40, 65, 1300),
+    (6, 16, 264),
+    (7, 23, 265),
+    (259, 9, 8),
+    (1, 97, 53),
 ]
 LARGE = [(300, 700, 650), (5, 1025, 700)]
 
@@ -68,12 +76,34 @@ def test_packed_weights(shape: tuple[int, int, int]) -> None:
     rows, outputs, inputs = shape
     weight, bias = random(1, outputs, inputs), random(outputs, seed=1)
     for one in (weight, transposed(weight), strided(weight)):
-        packed = gemm.pack(one[0])
+        packed = gemm.pack(one[0], backend="native")
         assert packed is not None
         for x in (random(rows, inputs, seed=2), strided(random(1, rows, inputs, seed=2))[0]):
             expected = x.double() @ weight[0].double().T
             assert relative_error(packed.product(x), expected) < 1e-6
             assert relative_error(packed.product(x, bias), expected + bias.double()) < 1e-6
+
+
+def test_weights_packed_for_other_panels_are_refused() -> None:
+    isa, packed = backend.native.isa(), gemm.pack(random(20, 30), backend="native")
+    assert packed is not None
+    other = next((name for name in backend.native.available_isas() if name != isa), None)
+    if other is None:
+        pytest.skip("this machine has one instruction set")
+    try:
+        backend.native.set_isa(other)
+        with pytest.raises(ValueError, match=r"B was packed in panels of .* pack it again"):
+            packed.product(random(5, 30))
+    finally:
+        backend.native.set_isa(isa)
+
+
+def test_the_variable_forces_an_instruction_set(isa: str) -> None:
+    program = "from pwm_fast import backend; print(backend.native.isa(), backend.native.has_gemm())"
+    run = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True)
+    assert run(env=os.environ | {"PWM_FAST_ISA": isa}).stdout.split() == [isa, "True"]
+    failed = run(env=os.environ | {"PWM_FAST_ISA": "avx1024"})
+    assert "PWM_FAST_ISA: instruction set 'avx1024' cannot run here; available: " in failed.stderr
 
 
 def test_members_shared_by_neighbouring_groups() -> None:
@@ -132,7 +162,7 @@ def test_wrong_shapes_are_named() -> None:
         gemm.multiply(backend.native, random(1, 2, 3), random(1, 4, 5), untouched(1, 2, 5))
     with pytest.raises(ValueError, match=r"vectors must be \(1, 5\)"):
         gemm.multiply(backend.native, random(1, 2, 3), random(1, 3, 5), untouched(1, 2, 5), random(1, 4))
-    packed = gemm.pack(random(4, 3))
+    packed = gemm.pack(random(4, 3), backend="native")
     assert packed is not None
     with pytest.raises(ValueError, match=r"x must be float32 \[R, 3\]"):
         packed.product(random(2, 4))

@@ -1,0 +1,12 @@
+// The product of gemm_tiles.hpp in vectors that every target can lower (SSE2, NEON, ...).
+#define PWM_FAST_LANES 4
+#include "gemm_tiles.hpp"
+
+namespace pwm_fast {
+
+const GemmTable& gemm_portable() {
+    static constexpr GemmTable table = {kPanel, multiply, pack, kLanes, multiply_adds};
+    return table;
+}
+
+}  // namespace pwm_fast

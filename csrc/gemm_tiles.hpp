@@ -1,0 +1,303 @@
+// The product's kernel in vectors of PWM_FAST_LANES floats, for instruction sets with 16 vector registers. Structure of
+// Goto and van de Geijn (2008): a block of A stays in the second-level cache and a panel of B in the first; the innermost
+// kernel reads copies of both in sequence and holds a tile of C, 6 rows by 2 vectors, in 12 registers.
+// Included by one source file per instruction set (see elementwise_vector.hpp).
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "elementwise_vector.hpp"
+#include "gemm.hpp"
+
+namespace {
+
+using pwm_fast::Matrix;
+using pwm_fast::Product;
+
+constexpr int64_t kTileRows = 6;         // 12 accumulators, 2 columns of B and a broadcast: 15 of 16 registers
+constexpr int64_t kPanel = 2 * kLanes;   // columns of B packed side by side
+constexpr int64_t kLongest = 264;        // along k: B's panel and A's tile take 23 of 32 KB with AVX2
+constexpr int64_t kBlockRows = 43 * 6;   // A's block then takes 272 of 512 KB
+constexpr int64_t kSlack = 16;           // floats that whole vectors may touch beyond the last packed ones
+
+PWM_FAST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PWM_FAST_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+PWM_FAST_INLINE int64_t pieces(int64_t length, int64_t longest) { return most((length + longest - 1) / longest, 1); }
+
+PWM_FAST_INLINE Vec multiply_add(float a, Vec b, Vec c) {
+#if defined(__AVX2__)
+    return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// C's tile [kRows, kVectors vectors] = or += A's packed tile times B's panel; `last` stores the last vector of columns.
+template <int kRows, int kVectors, typename Last>
+PWM_FAST_INLINE void tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, int64_t depth, Last last,
+                          const float* bias, bool accumulate) {
+    Vec sum[kRows][kVectors];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+        __builtin_prefetch(c + i * ldc, 1);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = Vec{};
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += b_row) {
+        Vec columns[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) columns[j] = Whole{}.load(b + j * kLanes);
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(a[i], columns[j], sum[i][j]);
+        }
+    }
+    const auto finish = [&](int j, auto part) __attribute__((always_inline)) {
+        const Vec start = bias ? part.load(bias + j * kLanes) : Vec{};
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) {
+            float* const at = c + i * ldc + j * kLanes;
+            part.store(at, sum[i][j] + (accumulate ? part.load(at) : start));
+        }
+    };
+    if constexpr (kVectors == 2) finish(0, Whole{});
+    finish(kVectors - 1, last);
+}
+
+using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, int, const float*, bool);
+
+// `width` counts the columns that are stored.
+template <int kRows, int kVectors>
+void run_tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, int64_t depth, int width,
+              const float* bias, bool accumulate) {
+    if (width == kVectors * kLanes) {
+        tile<kRows, kVectors>(a, b, b_row, c, ldc, depth, Whole{}, bias, accumulate);
+    } else {
+        tile<kRows, kVectors>(a, b, b_row, c, ldc, depth, Part{width - (kVectors - 1) * kLanes}, bias, accumulate);
+    }
+}
+
+template <int kVectors>
+constexpr Tile kTiles[kTileRows] = {run_tile<1, kVectors>, run_tile<2, kVectors>, run_tile<3, kVectors>,
+                                    run_tile<4, kVectors>, run_tile<5, kVectors>, run_tile<6, kVectors>};
+
+#if defined(__AVX2__)
+// out[k * out_row + i] = in[i * in_row + k] for 8 columns k and `rows` of at most kRows rows i, zero for rows beyond.
+template <int kRows>
+PWM_FAST_INLINE void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
+    __m256 r[8], t[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        r[i] = i < kRows && i < rows ? _mm256_loadu_ps(in + i * in_row) : _mm256_setzero_ps();
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + i * out_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + (i + 4) * out_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+}
+#endif
+
+// out[k][i] = in(i, k) for `width` <= kWidth places i and `depth` places k, with strides `across` in i and `along` in k;
+// zero for the places beyond `width`. k ascends, so that a vector's end beyond kWidth is mended by the next one.
+template <int64_t kWidth>
+void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* out) {
+    int64_t k = 0;
+    if (across == 1 && width == kWidth) {
+        for (; k < depth; ++k) std::memcpy(out + k * kWidth, in + k * along, kWidth * sizeof(float));
+        return;
+    }
+    if (across == 1) {
+        for (; k < depth; ++k) {
+            for (int64_t i = 0; i < kWidth; i += kLanes) {
+                const Part part{static_cast<int>(least(most(width - i, 0), kLanes))};
+                Whole{}.store(out + k * kWidth + i, part.load(in + k * along + i));
+            }
+        }
+        return;
+    }
+#if defined(__AVX2__)
+    if (along == 1) {
+        for (; k + 8 <= depth; k += 8) {
+            for (int64_t i = 0; i < kWidth; i += 8) {
+                transpose_square<least(kWidth, 8)>(in + i * across + k, across, width - i, out + k * kWidth + i, kWidth);
+            }
+        }
+    }
+#endif
+    for (; k < depth; ++k) {
+        for (int64_t i = 0; i < kWidth; ++i) out[k * kWidth + i] = i < width ? in[i * across + k * along] : 0.0f;
+    }
+}
+
+void pack_panel(const Matrix& b, int64_t first_k, int64_t depth, int64_t column, int64_t n, float* out) {
+    pack_strip<kPanel>(b.data + first_k * b.row + column * b.column, b.column, b.row, least(n - column, kPanel), depth, out);
+}
+
+// Memory that a thread keeps between products; its content is never read before it is written.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(memory_); }
+
+    float* floats(int64_t count) {
+        if (count > size_) {
+            std::free(memory_);
+            memory_ = std::malloc(static_cast<size_t>(count + kSlack + 16) * sizeof(float));
+            if (memory_ == nullptr) std::abort();  // a few hundred KB: nothing can go on without them
+            size_ = count;
+        }
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
+    }
+
+private:
+    void* memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// row_sums[0 .. rows) = or += sums of a packed tile of A along k, in four chains that do not wait for one another.
+void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums, bool accumulate) {
+    constexpr int kVectors = (kTileRows + kLanes - 1) / kLanes;
+    Vec sums[4][kVectors] = {};
+    int64_t k = 0;
+    const auto add = [&](int chain) {
+        for (int j = 0; j < kVectors; ++j) sums[chain][j] += Whole{}.load(packed + (k + chain) * kTileRows + j * kLanes);
+    };
+    for (; k + 4 <= depth; k += 4) {
+        for (int chain = 0; chain < 4; ++chain) add(chain);
+    }
+    for (; k < depth; ++k) add(0);
+    for (int64_t i = 0; i < rows; ++i) {
+        float total = accumulate ? row_sums[i] : 0.0f;
+        for (int chain = 0; chain < 4; ++chain) total += sums[chain][i / kLanes][i % kLanes];
+        row_sums[i] = total;
+    }
+}
+
+// Asks for part `piece` of `of` of a matrix [rows, columns], row-major, that will be read soon: what it takes to come from
+// the third-level cache is a tenth of a product otherwise.
+PWM_FAST_INLINE void fetch(const float* from, int64_t row, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
+    constexpr int64_t kLine = 16;
+    const int64_t lines = (columns + kLine - 1) / kLine;
+    const int64_t begin = rows * lines * piece / of, end = rows * lines * (piece + 1) / of;
+    int64_t i = begin / lines, j = begin % lines;
+    for (int64_t line = begin; line < end; ++line) {
+        __builtin_prefetch(from + i * row + j * kLine, 0, 2);
+        if (++j == lines) ++i, j = 0;
+    }
+}
+
+// The same for rows and columns of a matrix that lies either way.
+PWM_FAST_INLINE void fetch(const Matrix& from, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
+    if (from.column == 1) return fetch(from.data, from.row, rows, columns, piece, of);
+    if (from.row == 1) fetch(from.data, from.column, columns, rows, piece, of);
+}
+
+PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
+    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
+}
+
+// Columns of C counted in panels [first, last), from rows [begin, begin + height) and `depth` places from k.
+void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin, int64_t height, int64_t k,
+                    int64_t depth, Scratch& for_a, Scratch& for_b) {
+    const int64_t tiles = pieces(height, kTileRows);
+    const auto edge = [&](int64_t t) { return height * t / tiles; };  // tiles of nearly equal height
+    float* const a = for_a.floats(tiles * kTileRows * depth);
+    for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = begin + edge(t), rows = edge(t + 1) - edge(t);
+        float* const packed = a + t * kTileRows * depth;
+        if (t + 1 < tiles) fetch(part_of(p.a, row + rows, k), edge(t + 2) - edge(t + 1), depth, 0, 1);
+        pack_strip<kTileRows>(part_of(p.a, row, k).data, p.a.row, p.a.column, rows, depth, packed);
+        // Only who works on the first panel writes them.
+        if (p.row_sums && first == 0) sum_rows(packed, rows, depth, p.row_sums + row, k > 0);
+    }
+    for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t column = panel * kPanel, width = least(p.n - column, kPanel);
+        const float* b = p.b.data + panel * kPanel * p.k + k * kPanel;
+        int64_t b_row = kPanel;
+        if (!p.packed && p.b.column == 1 && width == kPanel && tiles == 1) {  // a copy that is read once does not pay
+            b = p.b.data + k * p.b.row + column;
+            b_row = p.b.row;
+        } else if (!p.packed) {
+            float* const packed = for_b.floats(kPanel * depth);
+            pack_panel(p.b, k, depth, column, p.n, packed);
+            b = packed;
+        }
+        const Matrix next = p.packed ? Matrix{b + kPanel * p.k, kPanel, 1} : part_of(p.b, k, column + kPanel);
+        const bool wide = width > kLanes;
+        const Tile* const run = wide ? kTiles<2> : kTiles<1>;
+        for (int64_t t = 0; t < tiles; ++t) {
+            if (panel + 1 < last) fetch(next, depth, least(p.n - column - kPanel, kPanel), t, tiles);
+            run[edge(t + 1) - edge(t) - 1](a + t * kTileRows * depth, b, b_row, p.c + (begin + edge(t)) * p.ldc + column,
+                                           p.ldc, depth, static_cast<int>(width), p.bias ? p.bias + column : nullptr,
+                                           k > 0);
+        }
+    }
+}
+
+// One column of C, a value network's output: a scalar product per row reads A once and copies nothing.
+void multiply_column(const Product& p) {
+    const float bias = p.bias ? *p.bias : 0.0f;
+    for (int64_t i = 0; i < p.m; ++i) {
+        const float* const row = p.a.data + i * p.a.row;
+        Vec sums[4] = {};
+        int64_t k = 0;
+        for (; k + 4 * kLanes <= p.k; k += 4 * kLanes) {
+            for (int j = 0; j < 4; ++j) {
+                sums[j] += Whole{}.load(row + k + j * kLanes) * Whole{}.load(p.b.data + k + j * kLanes);
+            }
+        }
+        for_columns(p.k - k, [&](int64_t c, auto part) { sums[0] += part.load(row + k + c) * part.load(p.b.data + k + c); });
+        p.c[i * p.ldc] = bias + sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+}
+
+void multiply(const Product& p, int64_t first, int64_t last) {
+    if (p.n == 1 && !p.packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
+    thread_local Scratch for_a, for_b;
+    const int64_t parts = pieces(p.k, kLongest), blocks = pieces(p.m, kBlockRows);
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t k = p.k * part / parts, depth = p.k * (part + 1) / parts - k;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t begin = p.m * block / blocks, height = p.m * (block + 1) / blocks - begin;
+            multiply_block(p, first, last, begin, height, k, depth, for_a, for_b);
+        }
+    }
+}
+
+void pack(const Matrix& b, int64_t k, int64_t n, float* out) {
+    for (int64_t column = 0; column < n; column += kPanel) pack_panel(b, 0, k, column, n, out + column * k);
+}
+
+float multiply_adds(int64_t rounds) {
+    Vec sums[pwm_fast::kChains];
+#pragma GCC unroll 12
+    for (int j = 0; j < pwm_fast::kChains; ++j) sums[j] = splat(static_cast<float>(j));  // all different: none is spared
+    const Vec step = splat(0.5f);
+    for (int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int j = 0; j < pwm_fast::kChains; ++j) sums[j] = multiply_add(0.5f, sums[j], step);
+    }
+    Vec total{};
+#pragma GCC unroll 12
+    for (int j = 0; j < pwm_fast::kChains; ++j) total += sums[j];
+    return sum_lanes(total);
+}
+
+}  // namespace

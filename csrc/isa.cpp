@@ -1,0 +1,63 @@
+#include "isa.hpp"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace pwm_fast {
+namespace {
+
+struct Selection {
+    Isa isa;
+    bool forced;
+};
+
+Isa find(const std::string& name, const char* asked_by) {
+    std::string known;
+    for (const Isa isa : available_isas()) {
+        if (name == name_of(isa)) return isa;
+        known += std::string(known.empty() ? "" : ", ") + name_of(isa);
+    }
+    throw std::invalid_argument(std::string(asked_by) + " '" + name + "' cannot run here; available: " + known);
+}
+
+Selection& selection() {
+    static Selection chosen = [] {
+        const char* const wanted = std::getenv("PWM_FAST_ISA");
+        if (wanted == nullptr || *wanted == 0) return Selection{available_isas().front(), false};
+        return Selection{find(wanted, "PWM_FAST_ISA: instruction set"), true};
+    }();
+    return chosen;
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) {
+    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+}
+
+const std::vector<Isa>& available_isas() {
+    static const std::vector<Isa> list = [] {
+        std::vector<Isa> found;
+#ifdef PWM_FAST_X86
+        __builtin_cpu_init();
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        if (avx2 && avx512) found.push_back(Isa::avx512);
+        if (avx2) found.push_back(Isa::avx2);
+#endif
+        found.push_back(Isa::portable);
+        return found;
+    }();
+    return list;
+}
+
+Isa selected_isa() { return selection().isa; }
+
+bool isa_is_forced() { return selection().forced; }
+
+void set_isa(const std::string& name) {
+    selection() = {find(name, "instruction set"), true};
+}
+
+}  // namespace pwm_fast
