@@ -77,7 +77,9 @@ class StoredZip:
         entries: dict[str, Entry] = {}
         for _ in range(count):
             if self._map[start : start + 4] != _CENTRAL:
-                raise ForeignFileError(f"{self.path} is damaged: its zip directory has {len(entries)} of {count} members")
+                raise ForeignFileError(
+                    f"{self.path} is damaged: its zip directory has {len(entries)} of {count} members"
+                )
             start = self._member(start, end, entries)
         return entries
 
