@@ -75,7 +75,7 @@ class StoredTensor:
         """A copy."""
         array = np.array(self.numpy(), order="C")
         if self.storage.kind == "torch.BoolStorage":
-            return torch.from_numpy(array != 0)
+            return torch.from_numpy(array) != 0
         tensor = torch.from_numpy(array)
         return tensor.view(torch.bfloat16) if self.storage.kind == "torch.BFloat16Storage" else tensor
 
