@@ -95,8 +95,9 @@ def import_episodes(options: Options, console: Console) -> None:
         again = command if options.resume else f"{command} --resume"
         raise Interrupted(f"{stop}; resume with: {again}", stop.code) from None
     store = EpisodeStore.open(options.destination)
-    title = f"{options.destination}: {store.num_episodes:,} episodes, {store.num_transitions:,} transitions"
-    table = Table(title=title, title_justify="left")
+    counts = f"{store.num_episodes:,} episodes, {store.num_transitions:,} transitions"
+    console.print(Text(f"{options.destination}: {counts}"), soft_wrap=True)
+    table = Table()
     table.add_column("task")
     for heading in ("episodes", "transitions", "return: mean", "best"):
         table.add_column(heading, justify="right")

@@ -58,7 +58,7 @@ def episode_sources(source: str | os.PathLike[str], task: str | None = None, ver
 def open_episodes(path: Path, task: str | None = None, verify: bool = True) -> EpisodeSource:
     """The episodes in a file, by what it holds. Raises FileNotFoundError and ForeignFileError."""
     if path.suffix == ".npz":
-        return NpzEpisodes(path, task)
+        return NpzEpisodes(path, task, verify)
     tree = open_torch_file(path, verify)
     kind = Chunk if find_columns(tree, CHUNK_COLUMNS) is not None and task is None else DflexData
     if find_columns(tree, CHUNK_COLUMNS[:3]) is None:

@@ -89,11 +89,13 @@ class _Column:
 class NpzEpisodes(EpisodeSource):
     """Episodes of an .npz file; a unit is a sequence, or a row of the flat form. `task` names the task, if it is one.
 
-    Raises FileNotFoundError, or ForeignFileError for a file that has none of the forms.
+    `verify` compares checksums, which reads the file once more. Raises FileNotFoundError, or ForeignFileError for a
+    file that has none of the forms.
     """
 
-    def __init__(self, path: str | os.PathLike[str], task: str | None = None):
-        self.path = path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], task: str | None = None, verify: bool = True):
+        self.path, self._verify = Path(path), verify
+        path = self.path
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist")
         self.name, self.size = path.name, path.stat().st_size
@@ -154,6 +156,9 @@ class NpzEpisodes(EpisodeSource):
         return last.astype(np.int64)
 
     def episodes(self, first: int, tasks: frozenset[int] | None) -> Iterator[tuple[int, list[ForeignEpisode]]]:
+        if self._verify:  # the checksums, which are compared at each array's end, before anything is given out
+            for column in self._open().values():
+                column.skip(column.shape[0])
         columns = self._open()
         for column in columns.values():
             column.skip(first)
