@@ -152,7 +152,9 @@ class WorldModel(nn.Module):
         )
         self._reward = _head(step_input, c.mlp_dim, c.num_bins)
         self._termination = _head(c.latent_dim + c.task_dim, c.termination_dim, 1) if c.termination_dim else None
-        self._task_emb = nn.Embedding(c.num_tasks, c.task_dim, max_norm=None) if c.num_tasks else None
+        # given its tensor, for its own first values, drawn in vain, take 2 s of imports on the meta device
+        empty = torch.empty(c.num_tasks, c.task_dim)
+        self._task_emb = nn.Embedding(c.num_tasks, c.task_dim, _weight=empty) if c.num_tasks else None
         self.register_buffer("obs_mean", torch.zeros(c.obs_dim))
         self.register_buffer("obs_std", torch.ones(c.obs_dim))
         self.register_buffer("reward_scale", torch.ones(()))
