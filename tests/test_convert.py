@@ -143,10 +143,13 @@ runpy.run_module("pwm_fast.convert", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("source", [MODEL, CHUNK], ids=["model", "episodes"])
-def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, command_environment):
+@pytest.mark.parametrize("kind", ["model", "episodes", "export"])
+def test_a_full_disk_leaves_nothing_half_written(kind, tmp_path, command_environment, tmp_path_factory):
     """No file may grow past 40 kB."""
-    destination = tmp_path / "d.safetensors"
+    source, destination = CHUNK if kind == "episodes" else MODEL, tmp_path / "d.safetensors"
+    if kind == "export":
+        source, destination = tmp_path_factory.mktemp("model") / "m.safetensors", tmp_path / "d.pt"
+        WorldModel.load(MODEL).save(source)
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(source), str(destination)],
         env=command_environment, capture_output=True, text=True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast.models.world_model import WorldModel
-from pwm_fast.state_files import replacing
+from pwm_fast.state_files import atomic_file
 
 LAYOUTS = ("0.8", "0.14")  # tensordict's versions: what lies beside the Q functions differs
 LOG_STD_MIN, LOG_STD_MAX = -10, 2  # TD-MPC2's default settings, which the state dict repeats
@@ -61,8 +61,11 @@ def export_checkpoint(
                                    generator), num_q, tensordict))  # fmt: skip
     notes.append("Q functions and policy prior are untrained, as TD-MPC2 initialises them")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        torch.save({"model": state}, part)
+    with atomic_file(path) as file:
+        try:
+            torch.save({"model": state}, file)
+        except RuntimeError as error:  # torch's own words for what the file system refused
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     settings = {
         "obs_dim": c.obs_dim, "action_dim": c.action_dim, "num_enc_layers": c.encoder_layers, "enc_dim": c.encoder_dim,
         "mlp_dim": c.mlp_dim, "latent_dim": c.latent_dim, "task_dim": c.task_dim, "num_tasks": c.num_tasks,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import types
 import zipfile
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def test_a_chunk_comes_over_exactly(arrays, tmp_path):
 def test_a_chunk_of_another_tensordict_is_the_same_data(arrays, tmp_path):
     """It holds episodes 0, 4 and 8."""
     assert_rows(convert(DATA / "mt30_mini_chunk_0_tensordict0143.pt", tmp_path / "s"), arrays, [0, 4, 8])
+
+
+@pytest.mark.parametrize("inner", [dict, "_StringOnlyDict"])
+def test_tensordict_0_4_pickles_are_read(inner, arrays, tmp_path, monkeypatch):
+    """Objects of `tensordict._td` with their state; its classes exist here only while the file is written."""
+    names = ("tensordict", "tensordict._td", "tensordict.utils")
+    modules = {name: types.ModuleType(name) for name in names}
+    table = type("TensorDict", (), {"__module__": "tensordict._td"})
+    strings = type("_StringOnlyDict", (dict,), {"__module__": "tensordict.utils"})
+    modules["tensordict._td"].TensorDict, modules["tensordict.utils"]._StringOnlyDict = table, strings
+    data = table()
+    made = dict if inner is dict else strings
+    data.__dict__.update(_tensordict=made((key, torch.tensor(value)) for key, value in arrays.items()))
+    data.__dict__.update(_batch_size=torch.Size([12, 501]), _device=torch.device("cpu"), _lock_parents_weakrefs=[])
+    with monkeypatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        torch.save(data, tmp_path / "c.pt")
+    assert_rows(convert(tmp_path / "c.pt", tmp_path / "s"), arrays, list(range(12)))
 
 
 def test_row_0_is_dropped_by_its_place_not_its_value(arrays, tmp_path):
