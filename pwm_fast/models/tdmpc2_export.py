@@ -61,7 +61,7 @@ def export_checkpoint(
                                    generator), num_q, tensordict))  # fmt: skip
     notes.append("Q functions and policy prior are untrained, as TD-MPC2 initialises them")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
+    with atomic_file(Path(path)) as file:
         try:
             torch.save({"model": state}, file)
         except RuntimeError as error:  # torch's own words for what the file system refused
