@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pwm_fast.data.torch_files import is_torch_file
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, two_hot
 from pwm_fast.models.sizes import size as size_row
 from pwm_fast.state_files import replacing
@@ -151,7 +152,9 @@ class WorldModel(nn.Module):
         )
         self._reward = _head(step_input, c.mlp_dim, c.num_bins)
         self._termination = _head(c.latent_dim + c.task_dim, c.termination_dim, 1) if c.termination_dim else None
-        self._task_emb = nn.Embedding(c.num_tasks, c.task_dim, max_norm=None) if c.num_tasks else None
+        # given its tensor, for its own first values, drawn in vain, take 2 s of imports on the meta device
+        empty = torch.empty(c.num_tasks, c.task_dim)
+        self._task_emb = nn.Embedding(c.num_tasks, c.task_dim, _weight=empty) if c.num_tasks else None
         self.register_buffer("obs_mean", torch.zeros(c.obs_dim))
         self.register_buffer("obs_std", torch.ones(c.obs_dim))
         self.register_buffer("reward_scale", torch.ones(()))
@@ -278,10 +281,17 @@ class WorldModel(nn.Module):
 
     @staticmethod
     def load(path: str | Path, device: str | torch.device = "cpu") -> WorldModel:
-        """Read a file written by `save`; raises FileNotFoundError, or ValueError that says what is wrong with it."""
+        """Read a file written by `save`, or a checkpoint of TD-MPC2 or PWM (`tdmpc2_checkpoints.py`).
+
+        Raises FileNotFoundError, or ValueError that says what is wrong with it.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"world model {path} does not exist; `python -m pwm_fast.pretrain` makes one")
+        if is_torch_file(path):
+            from pwm_fast.models.tdmpc2_checkpoints import load_checkpoint  # which imports this module
+
+            return load_checkpoint(path).to(device)
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 header = file.metadata() or {}

@@ -1,5 +1,6 @@
-"""Episodes whose every number says where it came from."""
+"""Episodes whose every number says where it came from. The folder's tests share `archives.py`, so it is on the path."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
 
+sys.path.insert(0, str(Path(__file__).parent))
 S, A = 5, 2
 
 
