@@ -183,14 +183,19 @@ def forward_product(
 def gradient_product(
     d: Any, d_rows: Any, x: Any, x_rows: Any, row_mask: Any, mean: Any, rstd: Any, mean_d: Any, mean_dn: Any, w: Any,
     cols: Any, N: tl.constexpr, K: tl.constexpr, W_WIDTH: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, gain: Any = None, GAINED: tl.constexpr = False,
 ) -> Any:  # fmt: skip
-    """pre_gradient(d) W [BM, BN] for rows of d and pre-norm x (N columns each) and W [N, W_WIDTH]; cols < K."""
+    """pre_gradient(d) W [BM, BN] for rows of d and pre-norm x (N columns each) and W [N, W_WIDTH]; cols < K.
+
+    GAINED: d has yet to be multiplied by the norm's `gain` [N].
+    """
     acc = tl.zeros((d_rows.shape[0], cols.shape[0]), ACC)
     for start in range(0, N, BK):
         n = start + tl.arange(0, BK)
         inside = row_mask[:, None] & (n < N)[None, :]
         a = tl.load(d + d_rows[:, None] * N + n[None, :], inside, other=0.0).to(ACC)
+        if GAINED:
+            a *= tl.load(gain + n, n < N, other=0.0).to(ACC)[None, :]
         if KIND != NONE:
             pre = tl.load(x + x_rows[:, None] * N + n[None, :], inside, other=0.0).to(ACC)
             a = pre_gradient(a, pre, mean, rstd, mean_d, mean_dn, KIND)
