@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels.ahead_of_time import Compilation
 from pwm_fast.kernels.clip_adam import Betas, clip_adam
 from pwm_fast.kernels.critic_tiles import (
     BM,
@@ -29,19 +28,19 @@ from pwm_fast.kernels.critic_tiles import (
     VECTOR,
     W_BM,
     W_BN,
-    CriticLayer,
     K,
     N,
     adam_tile,
     down_tile,
     forward_tile,
+    plan_critics,
     value_tile,
     vector_tile,
     weight_tile,
 )
 from pwm_fast.kernels.grid_barrier import grid_barrier, launch_phases, new_counter, resident_programs
 from pwm_fast.kernels.mish_layernorm import mish_layernorm
-from pwm_fast.kernels.normed_linear import EPS, dot_options, tile_shape
+from pwm_fast.kernels.normed_linear import EPS, dot_options
 from pwm_fast.kernels.triton_support import interpreting, jit, refusal, tl
 
 VALUE_ROWS, ADAM_BLOCK = 16, 1024
@@ -106,14 +105,14 @@ def critic_epoch(
 
 @jit
 def critic_epoch_kernel(
-    x: Any, targets: Any, order: Any, param: Any, grad: Any, m: Any, v: Any, lr: Any, steps: Any, alive: Any,
-    norms: Any, losses: Any, pre: Any, stats: Any, grads: Any, sums: Any, errors: Any, squares: Any, counter: Any,
-    first_phase: Any, last_phase: Any, LAYERS: tl.constexpr, P: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr,
+    x, targets, order, param, grad, m, v, lr, steps, alive,
+    norms, losses, pre, stats, grads, sums, errors, squares, counter,
+    first_phase, last_phase, LAYERS: tl.constexpr, P: tl.constexpr, KC: tl.constexpr, ROWS: tl.constexpr,
     EPOCHS: tl.constexpr, MINIBATCHES: tl.constexpr, X_ROWS: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr,
     MAX_NORM: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA1: tl.constexpr,
     LOG2_BETA2: tl.constexpr, ADAM_EPS: tl.constexpr, EPS: tl.constexpr, VALUE_TILE: tl.constexpr,
     ADAM_TILE: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Phases first_phase .. last_phase - 1 of EPOCHS x MINIBATCHES steps."""
     D: tl.constexpr = len(LAYERS)
     PER: tl.constexpr = 2 * D + 2
@@ -137,7 +136,7 @@ def critic_epoch_kernel(
                     )
                     while tile < TILES:
                         forward_tile(
-                            tile, x, picks, pre, stats, param, count, i == 0, LAYERS[i], LAYERS[i - 1 if i > 0 else 0],
+                            tile, x, picks, pre, stats, param, count, i == 0, tl.constexpr(LAYERS[i]), tl.constexpr(LAYERS[i - 1 if i > 0 else 0]),
                             G, KC, R, X_ROWS, PICKS, STRIDE, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                         tile += tl.num_programs(0)
@@ -145,7 +144,7 @@ def critic_epoch_kernel(
                     while tile < VALUES:
                         value_tile(
                             tile, targets, picks, pre, stats, grads, sums, errors, losses + step * VALUES, param,
-                            count, LAYERS[D - 1], G, KC, R, ROWS, PICKS, STRIDE, EPS, VALUE_TILE,
+                            count, tl.constexpr(LAYERS[D - 1]), G, KC, R, ROWS, PICKS, STRIDE, EPS, VALUE_TILE,
                         )  # fmt: skip
                         tile += tl.num_programs(0)
                 elif i < PER - 1:
@@ -190,6 +189,14 @@ def critic_epoch_kernel(
         step += 1
 
 
+def step_constants(max_norm: float, betas: Betas, eps: float) -> dict[str, Any]:
+    """The kernel's constants that no shape decides."""
+    return {
+        "MAX_NORM": max_norm, "BETA1": betas[0], "BETA2": betas[1], "LOG2_BETA1": log2(betas[0]),
+        "LOG2_BETA2": log2(betas[1]), "ADAM_EPS": eps, "EPS": EPS, "VALUE_TILE": VALUE_ROWS, "ADAM_TILE": ADAM_BLOCK,
+    }  # fmt: skip
+
+
 class CriticEpoch:
     """The persistent critic update for P policies of K critics on `rows` states each, on fixed buffers.
 
@@ -230,7 +237,11 @@ class CriticEpoch:
         self.fused = not interpreting if fused is None else fused
         self.shape = (policies, num_critics, rows, epochs, minibatches, widths[0])
         members, most = len(flat), -(-rows // minibatches)
-        sizes, slots, layers = self._plan(widths, members, most)
+
+        def offset(name: str) -> int:
+            return (parameters[name].data_ptr() - flat.data_ptr()) // flat.element_size()
+
+        sizes, slots, layers = plan_critics(widths, offset, members, most, self.programs)
         self._pre, self._stats, self._grads, self._sums = (flat.new_zeros(size) for size in sizes)
         self._errors, self._squares = flat.new_zeros(members, most), flat.new_zeros(members, slots)
         self._losses = flat.new_zeros(epochs * minibatches, policies, num_critics * -(-most // VALUE_ROWS))
@@ -240,39 +251,10 @@ class CriticEpoch:
         self._divisor = flat.new_tensor([num_critics * n for n in counts] * epochs)[:, None]
         self._counter = new_counter(flat.device)
         self._constants = {
-            "LAYERS": tuple(map(tuple, layers)), "P": policies, "KC": num_critics, "ROWS": rows, "EPOCHS": epochs,
-            "MINIBATCHES": minibatches, "STRIDE": flat.shape[1], "SLOTS": slots, "MAX_NORM": max_norm,
-            "BETA1": betas[0], "BETA2": betas[1], "LOG2_BETA1": log2(betas[0]), "LOG2_BETA2": log2(betas[1]),
-            "ADAM_EPS": eps, "EPS": EPS, "VALUE_TILE": VALUE_ROWS, "ADAM_TILE": ADAM_BLOCK,
+            "P": policies, "KC": num_critics, "ROWS": rows, "EPOCHS": epochs, "MINIBATCHES": minibatches,
+            "LAYERS": tuple(map(tuple, layers)), "STRIDE": flat.shape[1], "SLOTS": slots,
+            **step_constants(max_norm, betas, eps),
         }  # fmt: skip
-
-    def _plan(self, widths: Sequence[int], members: int, rows: int) -> tuple[list[int], int, list[CriticLayer]]:
-        """Sizes of pre-norm rows, statistics, gradients and sums; slots for squares per member; the hidden layers."""
-        flat = self._parameters.flat
-        hidden = list(pairwise(widths[:-1]))
-        downs = [tile_shape(rows, k, members, self.programs) for k, _ in hidden]
-        sizes, slots, layers = [0, 0, 0, 0], 0, []
-
-        def offset(name: str) -> int:
-            return (self._parameters[name].data_ptr() - flat.data_ptr()) // flat.element_size()
-
-        for i, (k, n) in enumerate(hidden):
-            bm, bn = tile_shape(rows, n, members, self.programs)
-            w_bm, w_bn = tile_shape(n, k, members, self.programs)
-            last = i == len(hidden) - 1
-            sums_tile = n if last else downs[i + 1][1]
-            names = (f"{i}.weight", f"{i}.bias", f"{i}.ln.weight", f"{i}.ln.bias")
-            above = (offset(f"{i + 1}.weight"), offset(f"{i + 1}.bias")) if last else (0, 0)
-            starts = tuple(sizes)
-            layers.append(
-                CriticLayer(
-                    k, n, *map(offset, names), *starts, sums_tile, bm, bn, *downs[i], w_bm, w_bn, slots, *above
-                )
-            )
-            slots += -(-n // w_bm) * -(-k // w_bn) + -(-n // VECTOR.value)
-            per_row = (n, 2 * -(-n // bn), n, 2 * -(-n // sums_tile))
-            sizes = [size + members * rows * columns for size, columns in zip(sizes, per_row)]
-        return sizes, slots, layers
 
     @torch.no_grad()
     def run(

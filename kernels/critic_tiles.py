@@ -7,8 +7,11 @@ sums are of d = du gain. Every gradient tile also leaves its sum of squares, fro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+from pwm_fast.kernels.normed_linear import tile_shape
 from pwm_fast.kernels.normed_tiles import (
     MISH_LAYERNORM,
     NONE,
@@ -58,29 +61,55 @@ class CriticLayer(NamedTuple):
     K, N, W, BIAS, GAIN, SHIFT, PRE, STATS, DU, SUMS, SUMS_TILE, BM, BN, DOWN_BM, DOWN_BN, W_BM, W_BN, SQUARES,
     ABOVE_W, ABOVE_BIAS,
 ) = (_constant(i) for i in range(len(CriticLayer._fields)))  # fmt: skip
-VECTOR = _constant(32)  # columns of a vector tile
+VECTOR_COLUMNS = 32  # of a tile of bias, gain and shift
+VECTOR = _constant(VECTOR_COLUMNS)
 CHUNK = _constant(32)  # rows of a step of the sums over rows
 
 
+def plan_critics(
+    widths: Sequence[int], offset: Callable[[str], int], members: int, rows: int, programs: int
+) -> tuple[list[int], int, list[CriticLayer]]:
+    """Elements of pre-norm rows, statistics, gradients and sums; slots of squares per member; the hidden layers.
+
+    `widths` are latent, hidden layers, 1; `offset` gives the start of parameters by name within a member's row.
+    """
+    hidden = list(pairwise(widths[:-1]))
+    downs = [tile_shape(rows, k, members, programs) for k, _ in hidden]
+    sizes, slots, layers = [0, 0, 0, 0], 0, []
+    for i, (k, n) in enumerate(hidden):
+        bm, bn = tile_shape(rows, n, members, programs)
+        w_bm, w_bn = tile_shape(n, k, members, programs)
+        last = i == len(hidden) - 1
+        sums_tile = n if last else downs[i + 1][1]
+        names = (f"{i}.weight", f"{i}.bias", f"{i}.ln.weight", f"{i}.ln.bias")
+        above = (offset(f"{i + 1}.weight"), offset(f"{i + 1}.bias")) if last else (0, 0)
+        own = (*map(offset, names), *sizes, sums_tile, bm, bn, *downs[i], w_bm, w_bn, slots, *above)
+        layers.append(CriticLayer(k, n, *own))
+        slots += -(-n // w_bm) * -(-k // w_bn) + -(-n // VECTOR_COLUMNS)
+        per_row = (n, 2 * -(-n // bn), n, 2 * -(-n // sums_tile))
+        sizes = [size + members * rows * columns for size, columns in zip(sizes, per_row)]
+    return sizes, slots, layers
+
+
 @jit
-def norm_of(stats: Any, rows: Any, mask: Any, LAYER: tl.constexpr, ALL: tl.constexpr, EPS: tl.constexpr) -> Any:
+def norm_of(stats, rows, mask, LAYER: tl.constexpr, ALL: tl.constexpr, EPS: tl.constexpr):
     TILES: tl.constexpr = (LAYER[N] + LAYER[BN] - 1) // LAYER[BN]
     return load_statistics(stats + LAYER[STATS], rows, mask, ALL * TILES, LAYER[N], LAYER[BN], EPS)
 
 
 @jit
-def sums_of(sums: Any, rows: Any, mask: Any, LAYER: tl.constexpr, ALL: tl.constexpr) -> Any:
+def sums_of(sums, rows, mask, LAYER: tl.constexpr, ALL: tl.constexpr):
     TILES: tl.constexpr = (LAYER[N] + LAYER[SUMS_TILE] - 1) // LAYER[SUMS_TILE]
     return load_sums(sums + LAYER[SUMS], rows, mask, ALL * TILES, LAYER[N], LAYER[SUMS_TILE])
 
 
 @jit
 def forward_tile(
-    tile: Any, x: Any, picks: Any, pre: Any, stats: Any, param: Any, count: Any, FIRST: tl.constexpr,
+    tile, x, picks, pre, stats, param, count, FIRST: tl.constexpr,
     SELF: tl.constexpr, PREVIOUS: tl.constexpr, G: tl.constexpr, KC: tl.constexpr, R: tl.constexpr,
     X_ROWS: tl.constexpr, PICKS: tl.constexpr, STRIDE: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Pre-norm rows of SELF with their statistics; the FIRST layer gathers its rows of x [P, X_ROWS, k] by `picks`."""
     TM: tl.constexpr = SELF[BM]
     TN: tl.constexpr = SELF[BN]
@@ -112,10 +141,10 @@ def forward_tile(
 
 @jit
 def value_tile(
-    tile: Any, targets: Any, picks: Any, pre: Any, stats: Any, grads: Any, sums: Any, errors: Any, losses: Any,
-    param: Any, count: Any, SELF: tl.constexpr, G: tl.constexpr, KC: tl.constexpr, R: tl.constexpr,
+    tile, targets, picks, pre, stats, grads, sums, errors, losses,
+    param, count, SELF: tl.constexpr, G: tl.constexpr, KC: tl.constexpr, R: tl.constexpr,
     T_ROWS: tl.constexpr, PICKS: tl.constexpr, STRIDE: tl.constexpr, EPS: tl.constexpr, TM: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Values of whole rows, dL / dv = 2 (v - target) / (K count), squared errors, and du of the last hidden layer."""
     WIDTH: tl.constexpr = triton.next_power_of_2(SELF[N])
     TILES_M: tl.constexpr = (R + TM - 1) // TM
@@ -145,10 +174,10 @@ def value_tile(
 
 @jit
 def down_tile(
-    tile: Any, pre: Any, stats: Any, grads: Any, sums: Any, param: Any, count: Any, SELF: tl.constexpr,
+    tile, pre, stats, grads, sums, param, count, SELF: tl.constexpr,
     BELOW: tl.constexpr, G: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """du of the layer BELOW, and the sums of its d."""
     TM: tl.constexpr = SELF[DOWN_BM]
     TN: tl.constexpr = SELF[DOWN_BN]
@@ -177,11 +206,11 @@ def down_tile(
 
 @jit
 def weight_tile(
-    tile: Any, x: Any, picks: Any, pre: Any, stats: Any, grads: Any, sums: Any, param: Any, grad: Any,
-    squares: Any, count: Any, FIRST: tl.constexpr, SELF: tl.constexpr, PREVIOUS: tl.constexpr, G: tl.constexpr,
+    tile, x, picks, pre, stats, grads, sums, param, grad,
+    squares, count, FIRST: tl.constexpr, SELF: tl.constexpr, PREVIOUS: tl.constexpr, G: tl.constexpr,
     KC: tl.constexpr, R: tl.constexpr, X_ROWS: tl.constexpr, PICKS: tl.constexpr, STRIDE: tl.constexpr,
     SLOTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """dW [n, k]: the sum over rows of the gradient at SELF's pre-norm rows times its input rows."""
     TM: tl.constexpr = SELF[W_BM]
     TN: tl.constexpr = SELF[W_BN]
@@ -225,10 +254,10 @@ def weight_tile(
 
 @jit
 def vector_tile(
-    tile: Any, pre: Any, stats: Any, grads: Any, sums: Any, errors: Any, param: Any, grad: Any,
-    squares: Any, count: Any, LAST: tl.constexpr, SELF: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    tile, pre, stats, grads, sums, errors, param, grad,
+    squares, count, LAST: tl.constexpr, SELF: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     STRIDE: tl.constexpr, SLOTS: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Gradients of bias, gain and shift; of the LAST hidden layer also those of the output layer that reads it."""
     TILES: tl.constexpr = (SELF[N] + VECTOR - 1) // VECTOR
     g, t = tile // TILES, tile % TILES
@@ -277,11 +306,11 @@ def vector_tile(
 
 @jit
 def adam_tile(
-    tile: Any, param: Any, grad: Any, m: Any, v: Any, squares: Any, lr: Any, steps: Any, alive: Any, norms: Any,
-    step: Any, P: tl.constexpr, KC: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, MAX_NORM: tl.constexpr,
+    tile, param, grad, m, v, squares, lr, steps, alive, norms,
+    step, P: tl.constexpr, KC: tl.constexpr, STRIDE: tl.constexpr, SLOTS: tl.constexpr, MAX_NORM: tl.constexpr,
     BETA1: tl.constexpr, BETA2: tl.constexpr, LOG2_BETA1: tl.constexpr, LOG2_BETA2: tl.constexpr,
     ADAM_EPS: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Clip by the policy's norm and update, as `clip_adam`. alive [steps + 1, P] says who is still learning.
 
     Who is alive has been updated in every earlier step of this launch: `steps` [P] counts those of earlier launches.

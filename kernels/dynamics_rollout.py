@@ -13,20 +13,18 @@ microsecond) plus ceil(tiles / programs) (BM + BN) K operands read by one progra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels.ahead_of_time import Compilation
 from pwm_fast.kernels.grid_barrier import launch_phases, new_counter, resident_programs
 from pwm_fast.kernels.mish_layernorm import mish_layernorm
-from pwm_fast.kernels.normed_linear import EPS, Norm, Statistics, activate, dot_options, tile_shape
+from pwm_fast.kernels.normed_linear import EPS, Norm, Statistics, activate, dot_options
 from pwm_fast.kernels.normed_tiles import KINDS
 from pwm_fast.kernels.rollout_backward import rollout_backward_kernel
 from pwm_fast.kernels.rollout_forward import rollout_forward_kernel
-from pwm_fast.kernels.rollout_layers import Layer
+from pwm_fast.kernels.rollout_layers import FrozenRow, plan_rollout
 from pwm_fast.kernels.triton_support import interpreting, refusal
 
 KIND_OF = {"mish": "layernorm_mish", "simnorm": "layernorm_simnorm", "none": "none"}
@@ -131,14 +129,20 @@ class DynamicsRollout:
         self._shape = {"P": policies, "H": horizon, "B": batch, "Z": z, "A": a, "GROUP": group, "EPS": EPS}
         self._options = dot_options(flat.dtype, precision)
         kept = torch.bfloat16 if precision == "bf16" and flat.dtype is torch.float32 else flat.dtype
-        self._pack(dynamics, flat, kept)
-        self._plan(dynamics, actor, actor_widths)
+        rows = self._pack(dynamics, flat, kept)
+
+        def offset(name: str) -> int:
+            return (actor[name].data_ptr() - flat.data_ptr()) // flat.element_size()
+
+        plan = plan_rollout(actor_widths, offset, flat.stride(0), rows, policies, horizon, batch, self.programs)
+        self._actor_layers, self._log_std, self._dz = plan.actor, offset("log_std"), plan.dz
+        self._constants = {"ACTOR": tuple(map(tuple, plan.actor)), "DYNAMICS": tuple(map(tuple, plan.dynamics))}
         new = flat.new_zeros
         self.inputs = new(horizon + 1, policies, batch, z + a)
         self.latents = new(policies, horizon + 1, batch, z)
         self.d_action = new(policies, horizon, batch, a)
-        self._pre = new(self._sizes["pre"], dtype=kept)
-        self._stats, self._sums, self._grads = (new(self._sizes[name]) for name in ("stats", "sums", "grads"))
+        self._pre = new(plan.sizes["pre"], dtype=kept)
+        self._stats, self._sums, self._grads = (new(plan.sizes[name]) for name in ("stats", "sums", "grads"))
         if (largest := max(t.numel() for t in (self._pre, self.inputs, self.latents))) >= 2**31:
             raise ValueError(f"a buffer of {largest} elements exceeds 2^31: lower policies, batch or horizon")
         self._counter = new_counter(flat.device)
@@ -159,67 +163,21 @@ class DynamicsRollout:
                     f"{tuple(layer.bias.shape)}"
                 )
 
-    def _pack(self, dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype) -> None:
-        """All W in one buffer, all vectors in another, and where each begins."""
-        weights, vectors = [], []
-        self._offsets: list[tuple[int, int, int, int]] = []
+    def _pack(self, dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype) -> list[FrozenRow]:
+        """All W in one buffer and all vectors in another; where each begins."""
+        weights, vectors, rows = [], [], []
         w = v = 0
         for layer in dynamics:
+            n, k = layer.weight.shape
             own = [layer.bias, *(t for t in (layer.ln_weight, layer.ln_bias) if t is not None)]
-            starts = [v + sum(t.numel() for t in own[:i]) for i in range(3)]
-            self._offsets.append((w, *starts))  # type: ignore[arg-type]
+            affine = v + layer.bias.numel()
+            per_policy = n if len(layer.bias) > 1 else 0
+            rows.append(FrozenRow(k, n, KIND_OF[layer.activation], (w, v, per_policy, affine, affine + n)))
             weights.append(layer.weight.reshape(-1).to(flat.device, kept))
             vectors += [t.reshape(-1).to(flat) for t in own]
             w, v = w + layer.weight.numel(), v + sum(t.numel() for t in own)
         self._world, self._vectors = torch.cat(weights), torch.cat(vectors)
-
-    def _plan(self, dynamics: Sequence[Frozen], actor: Parameters, widths: Sequence[int]) -> None:
-        """The layers' constants, and the sizes of the buffers they lie in."""
-        policies, horizon, batch, z = (self._shape[name] for name in "PHBZ")
-        rows = policies * batch
-        self._sizes = {"pre": 0, "stats": 0, "sums": 0, "grads": 0}
-
-        def room(name: str, size: int) -> int:
-            start = self._sizes[name]
-            self._sizes[name] += -(-size // 16) * 16
-            return start
-
-        def offset(name: str) -> int:
-            return (actor[name].data_ptr() - actor.flat.data_ptr()) // actor.flat.element_size()
-
-        def layer(k: int, n: int, kind: str, members: int, starts: Sequence[int], sums_tile: int) -> Layer:
-            bm, bn = tile_shape(rows // members, n, members, self.programs)
-            down_bm, down_bn = tile_shape(rows // members, k, members, self.programs)
-            hidden = kind != "none"
-            return Layer(
-                k, n, KINDS[kind], *starts,
-                room("pre", rows * horizon * n * hidden), room("stats", 2 * rows * horizon * -(-n // bn) * hidden),
-                bn, bm, bn, room("grads", rows * n), room("sums", 2 * rows * -(-n // sums_tile)), sums_tile,
-                down_bm, down_bn,
-            )  # fmt: skip
-
-        pairs = list(pairwise(widths))
-        stride, self._log_std = actor.flat.stride(0), offset("log_std")
-        actors: list[Layer] = []
-        first_tile = tile_shape(rows, z + pairs[-1][1], 1, self.programs)[1]
-        for i, (k, n) in reversed(list(enumerate(pairs))):
-            hidden = i < len(pairs) - 1
-            names = (f"{i}.weight", f"{i}.bias", *((f"{i}.ln.weight", f"{i}.ln.bias") if hidden else ()))
-            w, bias, gain, shift = (*map(offset, names), *(() if hidden else (0, 0)))
-            above = actors[0].down_bn if actors else 16
-            kind = "mish_layernorm" if hidden else "none"
-            actors.insert(0, layer(k, n, kind, policies, (w, bias, stride, gain, shift, stride), above))
-        actors[0] = actors[0]._replace(down_bn=first_tile)  # it makes what the dynamics' first layer makes, in its tiles
-        layers: list[Layer] = []
-        for i, frozen in reversed(list(enumerate(dynamics))):
-            n, k = frozen.weight.shape
-            w, bias, gain, shift = self._offsets[i]
-            per_policy = n if len(frozen.bias) > 1 else 0
-            above = layers[0].down_bn if layers else first_tile
-            layers.insert(0, layer(k, n, KIND_OF[frozen.activation], 1, (w, bias, per_policy, gain, shift, 0), above))
-        self._dz = room("grads", rows * z)
-        self._constants = {"ACTOR": tuple(map(tuple, actors)), "DYNAMICS": tuple(map(tuple, layers))}
-        self._actor_layers = actors
+        return rows
 
     def _flat(self, actor: Parameters) -> Tensor:
         policies, stride = self._shape["P"], self._actor_layers[0].member_stride

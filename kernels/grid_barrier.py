@@ -16,7 +16,7 @@ from pwm_fast.kernels.triton_support import interpreting, jit, tl
 
 
 @jit
-def grid_barrier(counter: Any) -> None:
+def grid_barrier(counter):
     """Wait until every program has arrived; writes before are visible after. `counter` *i64, never reset.
 
     Each arrival adds 1, so the n programs' k-th barrier is complete at k n: the value an arrival finds says which one

@@ -105,13 +105,13 @@ def dot_options(dtype: torch.dtype, precision: str) -> dict[str, Any]:
 
 
 @jit
-def _forward_kernel(
-    x: Any, stats_in: Any, gain: Any, shift: Any, w: Any, bias: Any, y: Any, stats_out: Any, MEMBERS: tl.constexpr,
+def forward_kernel(
+    x, stats_in, gain, shift, w, bias, y, stats_out, MEMBERS: tl.constexpr,
     SHARE: tl.constexpr, NORM_SHARE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, GROUP: tl.constexpr, TILE_IN: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     TILES_M: tl.constexpr = (ROWS + BM - 1) // BM
     TILES_N: tl.constexpr = (N + BN - 1) // BN
     tile = tl.program_id(0)
@@ -182,7 +182,7 @@ def forward(
     tiles = -(-outputs // bn)
     stats = y.new_empty(2, members, rows, tiles, dtype=sums_dtype) if next_kind != "none" else None
     kind, gain, shift = ("none", bias, bias) if norm is None else norm
-    _forward_kernel[(members * -(-rows // bm) * tiles,)](
+    forward_kernel[(members * -(-rows // bm) * tiles,)](
         x.contiguous(), stats if statistics is None else statistics.tiles, gain.contiguous(), shift.contiguous(),
         weight.contiguous(), bias.contiguous(), y, stats, members, members // shared, members // len(gain), rows,
         inputs, outputs, KINDS[kind], KINDS[next_kind], group, 1 if statistics is None else statistics.width, EPS,
@@ -192,13 +192,13 @@ def forward(
 
 
 @jit
-def _gradient_kernel(
-    d: Any, pre: Any, stats: Any, sums: Any, w: Any, previous: Any, stats_in: Any, gain: Any, shift: Any, out: Any,
-    sums_out: Any, MEMBERS: tl.constexpr, NORM_SHARE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
+def gradient_kernel(
+    d, pre, stats, sums, w, previous, stats_in, gain, shift, out,
+    sums_out, MEMBERS: tl.constexpr, NORM_SHARE: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr,
     N: tl.constexpr, KIND: tl.constexpr, PREVIOUS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
     TILE_SUMS: tl.constexpr, TILE_IN: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     TILES_M: tl.constexpr = (ROWS + BM - 1) // BM
     TILES_N: tl.constexpr = (K + BN - 1) // BN
     ALL: tl.constexpr = MEMBERS * ROWS
@@ -274,7 +274,7 @@ def input_gradient(
     sums = None if previous is None else out.new_empty(2, members, rows, -(-inputs // bn), dtype=sums_dtype)
     pre, stats, norm = own or (d, None, None)
     x, stats_in, norm_in = previous or (d, None, None)
-    _gradient_kernel[(members * -(-rows // bm) * -(-inputs // bn),)](
+    gradient_kernel[(members * -(-rows // bm) * -(-inputs // bn),)](
         d.contiguous(), pre, None if stats is None else stats.tiles, gradient.sums and gradient.sums.tiles,
         weight.contiguous(), x, None if stats_in is None else stats_in.tiles,
         *((d, d) if norm_in is None else (norm_in.gain.contiguous(), norm_in.shift.contiguous())), out, sums, members,

@@ -23,7 +23,7 @@ WIDEN = _constant(interpreting)
 
 
 @jit
-def dot(a: Any, b: Any, acc: Any, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr) -> Any:
+def dot(a, b, acc, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b with operands rounded to DOT and sums in ACC."""
     a, b = a.to(DOT), b.to(DOT)
     if WIDEN:
@@ -32,7 +32,7 @@ def dot(a: Any, b: Any, acc: Any, ACC: tl.constexpr, DOT: tl.constexpr, PRECISIO
 
 
 @jit
-def mish_and_slope(x: Any) -> Any:
+def mish_and_slope(x):
     """Mish and its derivative from one exponential (see mish.py)."""
     LIMIT: tl.constexpr = 40.0 if x.dtype == tl.float64 else 20.0
     e = tl.exp(tl.minimum(x, LIMIT))
@@ -42,13 +42,13 @@ def mish_and_slope(x: Any) -> Any:
 
 
 @jit
-def mish(x: Any) -> Any:
+def mish(x):
     y, _ = mish_and_slope(x)
     return y
 
 
 @jit
-def simnorm(x: Any, GROUP: tl.constexpr) -> Any:
+def simnorm(x, GROUP: tl.constexpr):
     """Softmax within groups of GROUP neighbouring columns of x [M, N]; N is a multiple of GROUP."""
     grouped = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
     e = tl.exp(grouped - tl.max(grouped, 2)[:, :, None])
@@ -56,7 +56,7 @@ def simnorm(x: Any, GROUP: tl.constexpr) -> Any:
 
 
 @jit
-def group_sums(x: Any, GROUP: tl.constexpr) -> Any:
+def group_sums(x, GROUP: tl.constexpr):
     """Every element of x [M, N] replaced by the sum of its group."""
     grouped = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
     sums = tl.broadcast_to(tl.sum(grouped, 2)[:, :, None], grouped.shape)
@@ -64,7 +64,7 @@ def group_sums(x: Any, GROUP: tl.constexpr) -> Any:
 
 
 @jit
-def normalised(x: Any, mean: Any, rstd: Any, KIND: tl.constexpr) -> Any:
+def normalised(x, mean, rstd, KIND: tl.constexpr):
     """The normalised rows n of pre-norm x [M, N]."""
     if KIND == MISH_LAYERNORM:
         x = mish(x)
@@ -72,7 +72,7 @@ def normalised(x: Any, mean: Any, rstd: Any, KIND: tl.constexpr) -> Any:
 
 
 @jit
-def activated(x: Any, mean: Any, rstd: Any, gain: Any, shift: Any, KIND: tl.constexpr, GROUP: tl.constexpr) -> Any:
+def activated(x, mean, rstd, gain, shift, KIND: tl.constexpr, GROUP: tl.constexpr):
     """The layer's output from its pre-norm x [M, N]; gain, shift [N]."""
     if KIND == NONE:
         return x
@@ -85,7 +85,7 @@ def activated(x: Any, mean: Any, rstd: Any, gain: Any, shift: Any, KIND: tl.cons
 
 
 @jit
-def output_gradient(g: Any, n: Any, gain: Any, shift: Any, KIND: tl.constexpr, GROUP: tl.constexpr) -> Any:
+def output_gradient(g, n, gain, shift, KIND: tl.constexpr, GROUP: tl.constexpr):
     """The gradient at n gain + shift from that at the layer's output, g [M, N]."""
     if KIND == LAYERNORM_MISH:
         _, slope = mish_and_slope(n * gain[None, :] + shift[None, :])
@@ -97,7 +97,7 @@ def output_gradient(g: Any, n: Any, gain: Any, shift: Any, KIND: tl.constexpr, G
 
 
 @jit
-def pre_gradient(d: Any, x: Any, mean: Any, rstd: Any, mean_d: Any, mean_dn: Any, KIND: tl.constexpr) -> Any:
+def pre_gradient(d, x, mean, rstd, mean_d, mean_dn, KIND: tl.constexpr):
     """The gradient at pre-norm x from that at its normalised rows: rstd (d - mean(d) - n mean(d n)), mish' beside."""
     if KIND == NONE:
         return d
@@ -111,8 +111,8 @@ def pre_gradient(d: Any, x: Any, mean: Any, rstd: Any, mean_d: Any, mean_dn: Any
 
 @jit
 def store_statistics(
-    stats: Any, rows: Any, row_mask: Any, tile: Any, v: Any, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
-) -> None:
+    stats, rows, row_mask, tile, v, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
+):
     """Mean and squared deviations of column tile `tile` of v [BM, TILE], the layer norm's input."""
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     count = tl.minimum(N - tile * TILE, TILE)
@@ -125,8 +125,8 @@ def store_statistics(
 
 @jit
 def load_statistics(
-    stats: Any, rows: Any, row_mask: Any, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr
-) -> Any:
+    stats, rows, row_mask, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr
+):
     """Mean and reciprocal standard deviation [BM] of whole rows, merged from their tiles."""
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     t = tl.arange(0, triton.next_power_of_2(TILES))[None, :]
@@ -142,15 +142,15 @@ def load_statistics(
 
 @jit
 def store_sums(
-    sums: Any, rows: Any, row_mask: Any, tile: Any, d: Any, n: Any, PLANE: tl.constexpr, TILES: tl.constexpr
-) -> None:
+    sums, rows, row_mask, tile, d, n, PLANE: tl.constexpr, TILES: tl.constexpr
+):
     """Sums of d and d n over column tile `tile`; d is zero beyond the last column."""
     tl.store(sums + rows * TILES + tile, tl.sum(d, 1), row_mask)
     tl.store(sums + PLANE + rows * TILES + tile, tl.sum(d * n, 1), row_mask)
 
 
 @jit
-def load_sums(sums: Any, rows: Any, row_mask: Any, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr) -> Any:
+def load_sums(sums, rows, row_mask, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
     """mean(d) and mean(d n) [BM] over whole rows of N columns."""
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     t = tl.arange(0, triton.next_power_of_2(TILES))[None, :]
@@ -161,10 +161,10 @@ def load_sums(sums: Any, rows: Any, row_mask: Any, PLANE: tl.constexpr, N: tl.co
 
 @jit
 def forward_product(
-    x: Any, rows: Any, row_mask: Any, mean: Any, rstd: Any, gain: Any, shift: Any, w: Any, cols: Any,
+    x, rows, row_mask, mean, rstd, gain, shift, w, cols,
     X_WIDTH: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W_WIDTH: tl.constexpr, KIND: tl.constexpr,
     GROUP: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """activated(x) W^T [BM, BN] for rows of x (K of X_WIDTH columns) and W [N, W_WIDTH]; gain, shift point at [K]."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), ACC)
     for start in range(0, K, BK):
@@ -181,10 +181,10 @@ def forward_product(
 
 @jit
 def gradient_product(
-    d: Any, d_rows: Any, x: Any, x_rows: Any, row_mask: Any, mean: Any, rstd: Any, mean_d: Any, mean_dn: Any, w: Any,
-    cols: Any, N: tl.constexpr, K: tl.constexpr, W_WIDTH: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, gain: Any = None, GAINED: tl.constexpr = False,
-) -> Any:  # fmt: skip
+    d, d_rows, x, x_rows, row_mask, mean, rstd, mean_d, mean_dn, w,
+    cols, N: tl.constexpr, K: tl.constexpr, W_WIDTH: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, gain = None, GAINED: tl.constexpr = False,
+):  # fmt: skip
     """pre_gradient(d) W [BM, BN] for rows of d and pre-norm x (N columns each) and W [N, W_WIDTH]; cols < K.
 
     GAINED: d has yet to be multiplied by the norm's `gain` [N].

@@ -45,10 +45,10 @@ BELOW, STATE_AND_ACTION, STATE = (_constant(i) for i in range(3))
 
 @jit
 def store_row_gradient(
-    g: Any, cols: Any, col_mask: Any, n: Any, mask: Any, at: Any, kept: Any, member: Any, grads: Any, sums: Any,
-    pre: Any, stats: Any, norm: Any, LAYER: tl.constexpr, ALL: tl.constexpr, HERE: tl.constexpr, GROUP: tl.constexpr,
+    g, cols, col_mask, n, mask, at, kept, member, grads, sums,
+    pre, stats, norm, LAYER: tl.constexpr, ALL: tl.constexpr, HERE: tl.constexpr, GROUP: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Store the gradient g [BM, BN] at LAYER's output: rows `at` of HERE gradients, `kept` of ALL saved ones."""
     inside = mask[:, None] & col_mask[None, :]
     if LAYER[KIND] != NONE:
@@ -70,13 +70,13 @@ def store_row_gradient(
 
 @jit
 def gradient_phase(
-    w: Any, below_norm: Any, grads: Any, sums: Any, pre: Any, stats: Any, d_inputs: Any, inputs: Any,
-    d_action: Any, step: Any, OUT: tl.constexpr, SELF: tl.constexpr, BELOW_LAYER: tl.constexpr, LAST: tl.constexpr,
-    MLP_DOWN: tl.constexpr, DZ: tl.constexpr, DETACH: tl.constexpr, OWN_OUTER: tl.constexpr, own_base: Any,
+    w, below_norm, grads, sums, pre, stats, d_inputs, inputs,
+    d_action, step, OUT: tl.constexpr, SELF: tl.constexpr, BELOW_LAYER: tl.constexpr, LAST: tl.constexpr,
+    MLP_DOWN: tl.constexpr, DZ: tl.constexpr, DETACH: tl.constexpr, OWN_OUTER: tl.constexpr, own_base,
     MEMBERS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr,
     GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """All tiles of the gradient at the input of layer SELF; `below_norm` holds gain and shift of the layer below."""
     ROWS: tl.constexpr = P * B // MEMBERS
     ALL: tl.constexpr = P * H * B
@@ -141,9 +141,9 @@ def gradient_phase(
 
 @jit
 def start_phase(
-    d_last: Any, grads: Any, sums: Any, pre: Any, stats: Any, norm: Any, LAST: tl.constexpr, P: tl.constexpr,
+    d_last, grads, sums, pre, stats, norm, LAST: tl.constexpr, P: tl.constexpr,
     H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """The gradient at z_H, brought to where the dynamics' last norm reads it."""
     TM: tl.constexpr = 16
     TN: tl.constexpr = LAST[SUMS_TILE]
@@ -163,12 +163,12 @@ def start_phase(
 
 @jit
 def rollout_backward_kernel(
-    d_inputs: Any, d_last: Any, d_action: Any, inputs: Any, actor: Any, world: Any, vectors: Any, pre: Any,
-    stats: Any, grads: Any, sums: Any, counter: Any, first_phase: Any, last_phase: Any, ACTOR: tl.constexpr,
+    d_inputs, d_last, d_action, inputs, actor, world, vectors, pre,
+    stats, grads, sums, counter, first_phase, last_phase, ACTOR: tl.constexpr,
     DYNAMICS: tl.constexpr, DZ: tl.constexpr, DETACH: tl.constexpr, P: tl.constexpr, H: tl.constexpr,
     B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Phase 0 places the gradient at z_H; then, per step from the last, the dynamics' layers and (not DETACH) the actor's."""
     NA: tl.constexpr = len(ACTOR)
     ND: tl.constexpr = len(DYNAMICS)
@@ -188,26 +188,26 @@ def rollout_backward_kernel(
                 if i < ND - 1:
                     gradient_phase(
                         world, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step, BELOW,
-                        DYNAMICS[ND - 1 - i], DYNAMICS[ND - 2 - i], LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1,
+                        tl.constexpr(DYNAMICS[ND - 1 - i]), tl.constexpr(DYNAMICS[ND - 2 - i]), LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1,
                         P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 elif i == ND - 1:
                     gradient_phase(
                         world, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step,
-                        STATE_AND_ACTION, DYNAMICS[0], LAST, LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1, P, H, B,
+                        STATE_AND_ACTION, tl.constexpr(DYNAMICS[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1, P, H, B,
                         Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 elif step > 0:
                     if i < PER - 1:
                         gradient_phase(
                             actor, actor, grads, sums, pre, stats, d_inputs, inputs, d_action, step, BELOW,
-                            ACTOR[PER - 1 - i], ACTOR[PER - 2 - i], LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P,
+                            tl.constexpr(ACTOR[PER - 1 - i]), tl.constexpr(ACTOR[PER - 2 - i]), LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P,
                             P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                     else:
                         gradient_phase(
                             actor, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step, STATE,
-                            ACTOR[0], LAST, LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P, P, H, B, Z, A, GROUP,
+                            tl.constexpr(ACTOR[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P, P, H, B, Z, A, GROUP,
                             EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                 if phase + i + 1 < last_phase:

@@ -44,13 +44,13 @@ HIDDEN, ACTION, CHANGE = (_constant(i) for i in range(3))
 
 @jit
 def layer_phase(
-    x: Any, x_base: Any, stats: Any, norm: Any, w: Any, vectors: Any, pre: Any, own_base: Any, inputs: Any,
-    latents: Any, noise: Any, step: Any, log_std: Any, OUT: tl.constexpr, SELF: tl.constexpr, PREVIOUS: tl.constexpr,
+    x, x_base, stats, norm, w, vectors, pre, own_base, inputs,
+    latents, noise, step, log_std, OUT: tl.constexpr, SELF: tl.constexpr, PREVIOUS: tl.constexpr,
     KIND_IN: tl.constexpr, X_WIDTH: tl.constexpr, X_OUTER: tl.constexpr, OWN_OUTER: tl.constexpr,
     MEMBERS: tl.constexpr, P: tl.constexpr, H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr,
     GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """All tiles of one layer. `norm` holds gain and shift of the PREVIOUS layer, whose pre-norm rows x are."""
     ROWS: tl.constexpr = P * B // MEMBERS
     ALL: tl.constexpr = P * H * B
@@ -103,10 +103,10 @@ def layer_phase(
 
 @jit
 def latent_phase(
-    pre: Any, stats: Any, vectors: Any, inputs: Any, latents: Any, step: Any, LAST: tl.constexpr, P: tl.constexpr,
+    pre, stats, vectors, inputs, latents, step, LAST: tl.constexpr, P: tl.constexpr,
     H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr,
     ACC: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Store z_step, the SimNorm of what the dynamics' LAST layer left in the step before."""
     TM: tl.constexpr = 16
     TN: tl.constexpr = 64
@@ -132,11 +132,11 @@ def latent_phase(
 
 @jit
 def rollout_forward_kernel(
-    inputs: Any, latents: Any, noise: Any, actor: Any, world: Any, vectors: Any, pre: Any, stats: Any, counter: Any,
-    first_phase: Any, last_phase: Any, ACTOR: tl.constexpr, DYNAMICS: tl.constexpr, LOG_STD: tl.constexpr,
+    inputs, latents, noise, actor, world, vectors, pre, stats, counter,
+    first_phase, last_phase, ACTOR: tl.constexpr, DYNAMICS: tl.constexpr, LOG_STD: tl.constexpr,
     P: tl.constexpr, H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, GROUP: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Phases first_phase .. last_phase - 1 of H (actor layers + dynamics layers), plus one that stores a SimNorm z_H."""
     NA: tl.constexpr = len(ACTOR)
     ND: tl.constexpr = len(DYNAMICS)
@@ -152,21 +152,21 @@ def rollout_forward_kernel(
                     if LAST[KIND] == NONE:
                         layer_phase(
                             inputs, state, stats, actor, actor, actor, pre, own, inputs, latents, noise, step,
-                            actor + LOG_STD, HIDDEN, ACTOR[0], ACTOR[0], NONE, Z + A, B, H * B, P, P, H, B, Z, A,
+                            actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A, B, H * B, P, P, H, B, Z, A,
                             GROUP, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                     else:
                         if step == 0:
                             layer_phase(
                                 inputs, state, stats, actor, actor, actor, pre, own, inputs, latents, noise, step,
-                                actor + LOG_STD, HIDDEN, ACTOR[0], ACTOR[0], NONE, Z + A, B, H * B, P, P, H, B, Z, A,
+                                actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A, B, H * B, P, P, H, B, Z, A,
                                 GROUP, EPS, ACC, DOT, PRECISION, BK,
                             )  # fmt: skip
                         else:
                             if step < H:
                                 layer_phase(
                                     pre + LAST[PRE], kept, stats, vectors, actor, actor, pre, own, inputs, latents,
-                                    noise, step, actor + LOG_STD, HIDDEN, ACTOR[0], LAST, LAST[KIND], Z, B, H * B, P,
+                                    noise, step, actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), LAST, LAST[KIND], Z, B, H * B, P,
                                     P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                                 )  # fmt: skip
                             latent_phase(
@@ -175,21 +175,21 @@ def rollout_forward_kernel(
                 elif i < NA:
                     layer_phase(
                         pre + ACTOR[i - 1][PRE], own, stats, actor, actor, actor, pre, own, inputs, latents, noise,
-                        step, actor + LOG_STD, ACTION if i == NA - 1 else HIDDEN, ACTOR[i], ACTOR[i - 1],
+                        step, actor + LOG_STD, ACTION if i == NA - 1 else HIDDEN, tl.constexpr(ACTOR[i]), tl.constexpr(ACTOR[i - 1]),
                         ACTOR[i - 1][KIND], ACTOR[i - 1][N], H * B, H * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT,
                         PRECISION, BK,
                     )  # fmt: skip
                 elif i == NA:
                     layer_phase(
                         inputs, state, stats, vectors, world, vectors, pre, state, inputs, latents, noise, step,
-                        actor, HIDDEN, DYNAMICS[0], DYNAMICS[0], NONE, Z + A, B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC,
+                        actor, HIDDEN, tl.constexpr(DYNAMICS[0]), tl.constexpr(DYNAMICS[0]), NONE, Z + A, B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC,
                         DOT, PRECISION, BK,
                     )  # fmt: skip
                 else:
                     layer_phase(
                         pre + DYNAMICS[i - NA - 1][PRE], state, stats, vectors, world, vectors, pre, state, inputs,
                         latents, noise, step, actor, CHANGE if DYNAMICS[i - NA][KIND] == NONE else HIDDEN,
-                        DYNAMICS[i - NA], DYNAMICS[i - NA - 1], DYNAMICS[i - NA - 1][KIND], DYNAMICS[i - NA - 1][N],
+                        tl.constexpr(DYNAMICS[i - NA]), tl.constexpr(DYNAMICS[i - NA - 1]), DYNAMICS[i - NA - 1][KIND], DYNAMICS[i - NA - 1][N],
                         B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 if phase + i + 1 < last_phase:
