@@ -47,7 +47,7 @@ VALUE_ROWS, ADAM_BLOCK = 16, 1024
 
 
 class Parameters(Protocol):
-    """Critics' parameters: `flat` and `grad` [P K, n], and views of `flat` by name (`{i}.weight` [P K, out, in] ...)."""
+    """Critics' parameters: `flat` and `grad` [P K, n], views of `flat` by name (`{i}.weight` [P K, out, in] ...)."""
 
     flat: Tensor
     grad: Tensor
@@ -70,8 +70,8 @@ def blocks(rows: int, minibatches: int) -> list[slice]:
 
 
 def critic_epoch(
-    parameters: Parameters, depth: int, x: Tensor, targets: Tensor, order: Tensor, minibatches: int, m: Tensor, v: Tensor,
-    lr: Tensor, step: Tensor, max_norm: float, betas: Betas, eps: float, active: Tensor,
+    parameters: Parameters, depth: int, x: Tensor, targets: Tensor, order: Tensor, minibatches: int, m: Tensor,
+    v: Tensor, lr: Tensor, step: Tensor, max_norm: float, betas: Betas, eps: float, active: Tensor,
 ) -> EpochResult:  # fmt: skip
     """The definition, in place on parameters.flat, m, v and step; arguments as of `CriticEpoch.run`."""
     policies, epochs, rows = order.shape
@@ -132,12 +132,15 @@ def critic_epoch_kernel(
                 tile = tl.program_id(0)
                 if i < D:
                     TILES: tl.constexpr = (
-                        G * ((R + LAYERS[i][BM] - 1) // LAYERS[i][BM]) * ((LAYERS[i][N] + LAYERS[i][BN] - 1) // LAYERS[i][BN])
+                        G
+                        * ((R + LAYERS[i][BM] - 1) // LAYERS[i][BM])
+                        * ((LAYERS[i][N] + LAYERS[i][BN] - 1) // LAYERS[i][BN])
                     )
                     while tile < TILES:
                         forward_tile(
-                            tile, x, picks, pre, stats, param, count, i == 0, tl.constexpr(LAYERS[i]), tl.constexpr(LAYERS[i - 1 if i > 0 else 0]),
-                            G, KC, R, X_ROWS, PICKS, STRIDE, EPS, ACC, DOT, PRECISION, BK,
+                            tile, x, picks, pre, stats, param, count, i == 0, tl.constexpr(LAYERS[i]),
+                            tl.constexpr(LAYERS[i - 1 if i > 0 else 0]), G, KC, R, X_ROWS, PICKS, STRIDE, EPS, ACC,
+                            DOT, PRECISION, BK,
                         )  # fmt: skip
                         tile += tl.num_programs(0)
                 elif i == D:
@@ -151,10 +154,9 @@ def critic_epoch_kernel(
                     J: tl.constexpr = 2 * D - i
                     SELF: tl.constexpr = LAYERS[J]
                     BELOW: tl.constexpr = LAYERS[J - 1 if J > 0 else 0]
-                    DOWNS: tl.constexpr = (
-                        0 if J == 0
-                        else G * ((R + SELF[DOWN_BM] - 1) // SELF[DOWN_BM]) * ((SELF[K] + SELF[DOWN_BN] - 1) // SELF[DOWN_BN])
-                    )  # fmt: skip
+                    DOWN_M: tl.constexpr = (R + SELF[DOWN_BM] - 1) // SELF[DOWN_BM]
+                    DOWN_N: tl.constexpr = (SELF[K] + SELF[DOWN_BN] - 1) // SELF[DOWN_BN]
+                    DOWNS: tl.constexpr = G * DOWN_M * DOWN_N if J > 0 else 0
                     WEIGHTS: tl.constexpr = (
                         G * ((SELF[N] + SELF[W_BM] - 1) // SELF[W_BM]) * ((SELF[K] + SELF[W_BN] - 1) // SELF[W_BN])
                     )
@@ -267,7 +269,7 @@ class CriticEpoch:
         Policies that are not `active` [P] bool, or whose norm stops being finite, keep everything from there on.
         Raises ValueError on shapes and types other than the planned ones.
         """
-        policies, critics, rows, epochs, minibatches, latent = self.shape
+        policies, _, rows, epochs, minibatches, latent = self.shape
         flat = self._parameters.flat
         moments = (policies, flat.numel() // policies)
         for name, value, shape, dtype in (

@@ -1,6 +1,6 @@
 """Device code of `critic_epoch`: what one phase of a minibatch step does, tile by tile.
 
-Members g = p K + k are a policy's K critics; a minibatch has `count` of at most R rows. Buffers of rows are [P K, R, .].
+Members g = p K + k are a policy's K critics. Buffers of rows are [P K, R, .]; a minibatch has `count` <= R rows.
 Gradients kept between phases are those at a norm's scaled and shifted output, du, for gain and shift learn here; their
 sums are of d = du gain. Every gradient tile also leaves its sum of squares, from which Adam's phase has the norm.
 """
@@ -63,7 +63,7 @@ class CriticLayer(NamedTuple):
 ) = (_constant(i) for i in range(len(CriticLayer._fields)))  # fmt: skip
 VECTOR_COLUMNS = 32  # of a tile of bias, gain and shift
 VECTOR = _constant(VECTOR_COLUMNS)
-CHUNK = _constant(32)  # rows of a step of the sums over rows
+CHUNK = _constant(16)  # rows of a step of the sums over rows
 
 
 def plan_critics(

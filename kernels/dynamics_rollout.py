@@ -1,11 +1,11 @@
-"""H imagined steps z' = F(z, a), a = tanh(mu(z) + sigma eps) in one launch, and the gradient that comes back (PWM Eq. 6).
+"""H imagined steps z' = F(z, a), a = tanh(mu(z) + sigma eps) in one launch, and their gradient in one (PWM Eq. 6).
 
 `dynamics_rollout` is the definition; `DynamicsRollout` plans the persistent kernels (`rollout_forward`,
 `rollout_backward`) for one shape and runs them. Weights are read from the second-level cache by every phase: 48M's
 dynamics (12.3 MB in bfloat16) stay there.
 
-Cost model, all on paper and unmeasured. Forward: H (actor layers + dynamics layers) + 1 phases, 113 for H = 16; backward
-H (dynamics layers) + 1 = 49 (113 where the actors' input is not detached). A phase costs one barrier (about 1
+Cost model, all on paper and unmeasured. Forward: H (actor layers + dynamics layers) + 1 phases, 113 for H = 16;
+backward H (dynamics layers) + 1 = 49 (113 where the actors' input is not detached). A phase costs one barrier (about 1
 microsecond) plus ceil(tiles / programs) (BM + BN) K operands read by one program at about 100 GB/s: 64 rows of
 1792 x 1792 in bfloat16, 230 KB, 2.1 microseconds.
 """
@@ -13,7 +13,7 @@ microsecond) plus ceil(tiles / programs) (BM + BN) K operands read by one progra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Frozen(Protocol):
 
 
 class Parameters(Protocol):
-    """Actors' parameters: rows `flat` [P, n], and views into them by name (`{i}.weight` [P, out, in], `log_std` ...)."""
+    """Actors' parameters: rows `flat` [P, n], views into them by name (`{i}.weight` [P, out, in], `log_std` ...)."""
 
     flat: Tensor
 
@@ -61,8 +61,8 @@ def dynamics_rollout(
 ) -> tuple[Tensor, Tensor]:
     """The definition: states and actions side by side [H, P, B, Z + A] and z_H [P, B, Z], under autograd.
 
-    z [P, B, Z], noise [P, H, B, A]; `depth` linear layers of the actors. `nudge` [P, H, B, A] is added to the actions: its
-    gradient is theirs. `residual` dynamics give z's change; `detach`ed actors see z as a constant.
+    z [P, B, Z], noise [P, H, B, A]; `depth` linear layers of the actors. `nudge` [P, H, B, A] is added to the actions:
+    its gradient is theirs. `residual` dynamics give z's change; `detach`ed actors see z as a constant.
     """
     inputs = []
     for h in range(noise.shape[1]):
@@ -221,8 +221,8 @@ class DynamicsRollout:
     def backward(self, d_inputs: Tensor, d_last: Tensor, actor: Parameters, detach: bool = True) -> Tensor:
         """Gradients [P, H, B, A] of the last `forward`'s actions, given those at its inputs from elsewhere (rewards).
 
-        d_inputs [H, P, B, Z + A] is left as it is; d_last [P, B, Z] is the gradient at z_H. `detach` cuts the actors' own
-        dependence on z. Raises ValueError on shapes other than the planned ones.
+        d_inputs [H, P, B, Z + A] is left as it is; d_last [P, B, Z] is the gradient at z_H. `detach` cuts the actors'
+        own dependence on z. Raises ValueError on shapes other than the planned ones.
         """
         p, h, b, width, a = (self._shape[name] for name in "PHBZA")
         d_inputs = self._expect("d_inputs", d_inputs, (h, p, b, width + a))

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pwm_fast.kernels.triton_support import interpreting, jit, tl
 
+WARPS = 8  # of a persistent program, which has a multiprocessor to itself
+
 
 @jit
 def grid_barrier(counter):
@@ -48,16 +50,15 @@ def launch_phases(
 ) -> None:
     """Run phases 0 .. `phases` - 1 of a kernel whose arguments end in (first_phase, last_phase) before its constants.
 
-    `fused` is one launch with barriers between phases; otherwise every phase is a launch of its own: no barrier, no need
-    for co-residency, the same results. Raises ValueError for a fused grid of several programs in the interpreter.
+    `fused` is one launch with barriers between phases; otherwise every phase is a launch of its own: no barrier, no
+    need for co-residency, the same results. Raises ValueError for a fused grid of several programs in the interpreter.
     """
     if not fused:
         for phase in range(phases):
-            kernel[(programs,)](*arguments, phase, phase + 1, **options)
-        return
-    if interpreting:
+            kernel[(programs,)](*arguments, phase, phase + 1, **options, num_warps=WARPS)
+    elif interpreting:
         if programs > 1:
             raise ValueError(f"the interpreter runs programs in turn: a fused grid must be 1 program, got {programs}")
         kernel[(1,)](*arguments, 0, phases, **options)
-        return
-    kernel[(programs,)](*arguments, 0, phases, **options, launch_cooperative_grid=True)
+    else:
+        kernel[(programs,)](*arguments, 0, phases, **options, num_warps=WARPS, launch_cooperative_grid=True)

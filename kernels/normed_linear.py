@@ -56,7 +56,7 @@ class Statistics(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The normalisation of pre-norm rows: kind ("layernorm_mish", "mish_layernorm", "layernorm_simnorm"), affine part."""
+    """How pre-norm rows are normalised: "layernorm_mish", "mish_layernorm" or "layernorm_simnorm", and affine part."""
 
     kind: str
     gain: Tensor  # [g or G, N]
@@ -101,7 +101,10 @@ def dot_options(dtype: torch.dtype, precision: str) -> dict[str, Any]:
         return {"ACC": tl.float64, "DOT": tl.float64, "PRECISION": "ieee", "BK": 32}
     if dtype is torch.bfloat16 or precision == "bf16":
         return {"ACC": tl.float32, "DOT": tl.bfloat16, "PRECISION": "ieee", "BK": 64}
-    return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": "tf32" if precision == "tf32" else "ieee", "BK": 32}
+    if precision == "tf32":
+        return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": "tf32", "BK": 32}
+    # Without tensor cores a thread holds its operands for all of BK in registers: 32 spills at 64 x 64.
+    return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": "ieee", "BK": 16}
 
 
 @jit
@@ -255,7 +258,7 @@ def input_gradient(
 ) -> RowGradient:
     """The gradient at a frozen layer's input from that at its output, norms and activations folded into one product.
 
-    `gradient` is at the normalised rows of the layer's `own` norm [G, R, out] (at its plain output where `own` is None).
+    `gradient` is at the normalised rows of the layer's `own` norm [G, R, out], at its plain output where that is None.
     The result is at the normalised rows of the `previous` layer [G, R, in], or, where that is None, the plain input's.
     W [G, out, in]. Raises ValueError on shapes that do not fit, RuntimeError where Triton cannot run.
     """

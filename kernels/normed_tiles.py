@@ -1,9 +1,9 @@
 """Device functions of the fused layers: tiles of products whose operands are normalised and activated as they load.
 
 A layer stores its PRE-norm output and, per row and column tile, the tile's mean and sum of squared deviations from it.
-Whoever reads the row merges these (Chan et al. 1979), so no pass over memory is spent on normalisation and no digits are
-lost as in E[x^2] - E[x]^2. Backward likewise: the gradient d at the normalised rows n is stored with the tile sums of d
-and d n, which is all that the layer norm's own gradient needs of the other columns.
+Whoever reads the row merges these (Chan et al. 1979), so no pass over memory is spent on normalisation and no digits
+are lost as in E[x^2] - E[x]^2. Backward likewise: the gradient d at the normalised rows n is stored with the tile sums
+of d and d n, which is all that the layer norm's own gradient needs of the other columns.
 
 Tiles are [BM, BN], statistics [2, rows, tiles]; `rows` are row indices [BM] into a buffer, `cols` column indices [BN].
 ACC is the type of sums: float64 where the buffers are, else float32.
@@ -110,9 +110,7 @@ def pre_gradient(d, x, mean, rstd, mean_d, mean_dn, KIND: tl.constexpr):
 
 
 @jit
-def store_statistics(
-    stats, rows, row_mask, tile, v, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr
-):
+def store_statistics(stats, rows, row_mask, tile, v, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
     """Mean and squared deviations of column tile `tile` of v [BM, TILE], the layer norm's input."""
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     count = tl.minimum(N - tile * TILE, TILE)
@@ -124,9 +122,7 @@ def store_statistics(
 
 
 @jit
-def load_statistics(
-    stats, rows, row_mask, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr
-):
+def load_statistics(stats, rows, row_mask, PLANE: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, EPS: tl.constexpr):
     """Mean and reciprocal standard deviation [BM] of whole rows, merged from their tiles."""
     TILES: tl.constexpr = (N + TILE - 1) // TILE
     t = tl.arange(0, triton.next_power_of_2(TILES))[None, :]
@@ -141,9 +137,7 @@ def load_statistics(
 
 
 @jit
-def store_sums(
-    sums, rows, row_mask, tile, d, n, PLANE: tl.constexpr, TILES: tl.constexpr
-):
+def store_sums(sums, rows, row_mask, tile, d, n, PLANE: tl.constexpr, TILES: tl.constexpr):
     """Sums of d and d n over column tile `tile`; d is zero beyond the last column."""
     tl.store(sums + rows * TILES + tile, tl.sum(d, 1), row_mask)
     tl.store(sums + PLANE + rows * TILES + tile, tl.sum(d * n, 1), row_mask)

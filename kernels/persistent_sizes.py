@@ -1,6 +1,10 @@
 """Compilations of the persistent kernels and `normed_linear` at the sizes they are made for, without a GPU.
 
 PWM's actors (400, 200, 100) and critics (3 x 400, 200), 64 states, 16 steps, on TD-MPC2's 5M and 48M.
+
+The whole rollout or critic step is one function, so the compiler keeps a few values that never change (addresses) on
+the stack: they are stored once at the start and read back once per tile, none within a product's loop (seen in the
+sm_90 assembly of the critics in bfloat16). That is what `MAY_SPILL` tolerates.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 from pwm_fast.kernels import critic_epoch, normed_linear, rollout_backward, rollout_forward
 from pwm_fast.kernels.ahead_of_time import Compilation
 from pwm_fast.kernels.critic_tiles import plan_critics
+from pwm_fast.kernels.grid_barrier import WARPS
 from pwm_fast.kernels.normed_linear import EPS, dot_options, tile_shape
 from pwm_fast.kernels.normed_tiles import KINDS
 from pwm_fast.kernels.rollout_layers import FrozenRow, plan_rollout
@@ -22,6 +27,7 @@ from pwm_fast.kernels.triton_support import tl
 PROGRAMS, HORIZON, BATCH, ACTION = 132, 16, 64, 6
 ACTOR, CRITIC = (400, 200, 100), (400, 200)
 SIZES = {"5M": (512, 512), "48M": (768, 1792)}  # latent, width of the dynamics' hidden layers
+MAY_SPILL = 64
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16"}
 
 
@@ -64,7 +70,7 @@ def _rollouts(size: str, policies: int, precision: str) -> Iterator[Compilation]
     for name, kernel in kernels.items():
         signature = _signature(kernel, pointers)
         title = f"rollout {name} {size} P={policies} {precision}"
-        yield Compilation(title, kernel, signature, shared | own[name], num_warps=8)
+        yield Compilation(title, kernel, signature, shared | own[name], num_warps=WARPS, may_spill=MAY_SPILL)
 
 
 def _critics(size: str, policies: int, precision: str) -> Compilation:
@@ -79,8 +85,14 @@ def _critics(size: str, policies: int, precision: str) -> Compilation:
     }  # fmt: skip
     pointers = {"counter": "*i64", "order": "*i64", "steps": "*i64", "alive": "*i32"}
     kernel = critic_epoch.critic_epoch_kernel
+    signature = _signature(kernel, pointers)
     return Compilation(
-        f"critic epoch {size} P={policies} {precision}", kernel, _signature(kernel, pointers), constants, num_warps=8
+        f"critic epoch {size} P={policies} {precision}",
+        kernel,
+        signature,
+        constants,
+        num_warps=WARPS,
+        may_spill=MAY_SPILL,
     )
 
 
@@ -100,8 +112,9 @@ def _layers(size: str, precision: str) -> Iterator[Compilation]:
         yield Compilation(f"normed_linear {kernel.__name__} {size} {precision}", kernel, signature, constants)
 
 
+CASES = [*((size, p, "bf16") for size in SIZES for p in (1, 4)), ("5M", 1, "fp32"), ("48M", 4, "fp32")]
 COMPILATIONS = [] if tl is None else [
     *(c for precision in POINTERS for size in SIZES for c in _layers(size, precision)),
-    *(c for precision in POINTERS for size in SIZES for p in (1, 4) for c in _rollouts(size, p, precision)),
-    *(_critics(size, p, precision) for precision in POINTERS for size in SIZES for p in (1, 4)),
+    *(c for case in CASES for c in _rollouts(*case)),
+    *(_critics(*case) for case in CASES),
 ]  # fmt: skip

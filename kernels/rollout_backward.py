@@ -94,9 +94,7 @@ def gradient_phase(
             OWN_TILES: tl.constexpr = (SELF[N] + SELF[TILE] - 1) // SELF[TILE]
             SUMS_TILES: tl.constexpr = (SELF[N] + SELF[SUMS_TILE] - 1) // SELF[SUMS_TILE]
             mean, rstd = load_statistics(stats + SELF[STATS], kept, mask, ALL * OWN_TILES, SELF[N], SELF[TILE], EPS)
-            mean_d, mean_dn = load_sums(
-                sums + SELF[SUMS], at, mask, P * B * SUMS_TILES, SELF[N], SELF[SUMS_TILE]
-            )
+            mean_d, mean_dn = load_sums(sums + SELF[SUMS], at, mask, P * B * SUMS_TILES, SELF[N], SELF[SUMS_TILE])
         cols = n * TN + tl.arange(0, TN)
         g = gradient_product(
             grads + SELF[DOWN], at, pre + SELF[PRE], kept, mask, mean, rstd, mean_d, mean_dn,
@@ -133,8 +131,8 @@ def gradient_phase(
             else:
                 if step > 0:
                     store_row_gradient(
-                        g, cols, state, n, mask, at, before, 0, grads, sums, pre, stats, below_norm, LAST, ALL,
-                        P * B, GROUP, EPS, ACC,
+                        g, cols, state, n, mask, at, before, 0, grads, sums, pre, stats, below_norm, LAST, ALL, P * B,
+                        GROUP, EPS, ACC,
                     )  # fmt: skip
         tile += tl.num_programs(0)
 
@@ -169,7 +167,7 @@ def rollout_backward_kernel(
     B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Phase 0 places the gradient at z_H; then, per step from the last, the dynamics' layers and (not DETACH) the actor's."""
+    """Phase 0 places the gradient at z_H; then per step, from the last, the dynamics' layers (and the actors')."""
     NA: tl.constexpr = len(ACTOR)
     ND: tl.constexpr = len(DYNAMICS)
     PER: tl.constexpr = ND if DETACH else ND + NA
@@ -188,27 +186,27 @@ def rollout_backward_kernel(
                 if i < ND - 1:
                     gradient_phase(
                         world, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step, BELOW,
-                        tl.constexpr(DYNAMICS[ND - 1 - i]), tl.constexpr(DYNAMICS[ND - 2 - i]), LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1,
-                        P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
+                        tl.constexpr(DYNAMICS[ND - 1 - i]), tl.constexpr(DYNAMICS[ND - 2 - i]), LAST, MLP[DOWN], DZ,
+                        DETACH, B, step * P * B, 1, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 elif i == ND - 1:
                     gradient_phase(
-                        world, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step,
-                        STATE_AND_ACTION, tl.constexpr(DYNAMICS[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1, P, H, B,
-                        Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
+                        world, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step, STATE_AND_ACTION,
+                        tl.constexpr(DYNAMICS[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, B, step * P * B, 1, P, H, B, Z,
+                        A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 elif step > 0:
                     if i < PER - 1:
                         gradient_phase(
                             actor, actor, grads, sums, pre, stats, d_inputs, inputs, d_action, step, BELOW,
-                            tl.constexpr(ACTOR[PER - 1 - i]), tl.constexpr(ACTOR[PER - 2 - i]), LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P,
-                            P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
+                            tl.constexpr(ACTOR[PER - 1 - i]), tl.constexpr(ACTOR[PER - 2 - i]), LAST, MLP[DOWN], DZ,
+                            DETACH, H * B, step * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                     else:
                         gradient_phase(
                             actor, vectors, grads, sums, pre, stats, d_inputs, inputs, d_action, step, STATE,
-                            tl.constexpr(ACTOR[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P, P, H, B, Z, A, GROUP,
-                            EPS, ACC, DOT, PRECISION, BK,
+                            tl.constexpr(ACTOR[0]), LAST, LAST, MLP[DOWN], DZ, DETACH, H * B, step * B, P, P, H, B, Z,
+                            A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                 if phase + i + 1 < last_phase:
                     grid_barrier(counter)

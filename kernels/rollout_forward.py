@@ -137,7 +137,7 @@ def rollout_forward_kernel(
     P: tl.constexpr, H: tl.constexpr, B: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, GROUP: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Phases first_phase .. last_phase - 1 of H (actor layers + dynamics layers), plus one that stores a SimNorm z_H."""
+    """Phases first_phase .. last_phase - 1 of H (actor layers + dynamics layers), then one to store a SimNorm z_H."""
     NA: tl.constexpr = len(ACTOR)
     ND: tl.constexpr = len(DYNAMICS)
     PER: tl.constexpr = NA + ND
@@ -152,22 +152,22 @@ def rollout_forward_kernel(
                     if LAST[KIND] == NONE:
                         layer_phase(
                             inputs, state, stats, actor, actor, actor, pre, own, inputs, latents, noise, step,
-                            actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A, B, H * B, P, P, H, B, Z, A,
-                            GROUP, EPS, ACC, DOT, PRECISION, BK,
+                            actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A, B,
+                            H * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                         )  # fmt: skip
                     else:
                         if step == 0:
                             layer_phase(
                                 inputs, state, stats, actor, actor, actor, pre, own, inputs, latents, noise, step,
-                                actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A, B, H * B, P, P, H, B, Z, A,
-                                GROUP, EPS, ACC, DOT, PRECISION, BK,
+                                actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), tl.constexpr(ACTOR[0]), NONE, Z + A,
+                                B, H * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                             )  # fmt: skip
                         else:
                             if step < H:
                                 layer_phase(
                                     pre + LAST[PRE], kept, stats, vectors, actor, actor, pre, own, inputs, latents,
-                                    noise, step, actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), LAST, LAST[KIND], Z, B, H * B, P,
-                                    P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
+                                    noise, step, actor + LOG_STD, HIDDEN, tl.constexpr(ACTOR[0]), LAST, LAST[KIND], Z,
+                                    B, H * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                                 )  # fmt: skip
                             latent_phase(
                                 pre, stats, vectors, inputs, latents, step, LAST, P, H, B, Z, A, GROUP, EPS, ACC
@@ -175,22 +175,22 @@ def rollout_forward_kernel(
                 elif i < NA:
                     layer_phase(
                         pre + ACTOR[i - 1][PRE], own, stats, actor, actor, actor, pre, own, inputs, latents, noise,
-                        step, actor + LOG_STD, ACTION if i == NA - 1 else HIDDEN, tl.constexpr(ACTOR[i]), tl.constexpr(ACTOR[i - 1]),
-                        ACTOR[i - 1][KIND], ACTOR[i - 1][N], H * B, H * B, P, P, H, B, Z, A, GROUP, EPS, ACC, DOT,
-                        PRECISION, BK,
+                        step, actor + LOG_STD, ACTION if i == NA - 1 else HIDDEN, tl.constexpr(ACTOR[i]),
+                        tl.constexpr(ACTOR[i - 1]), ACTOR[i - 1][KIND], ACTOR[i - 1][N], H * B, H * B, P, P, H, B, Z,
+                        A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 elif i == NA:
                     layer_phase(
-                        inputs, state, stats, vectors, world, vectors, pre, state, inputs, latents, noise, step,
-                        actor, HIDDEN, tl.constexpr(DYNAMICS[0]), tl.constexpr(DYNAMICS[0]), NONE, Z + A, B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC,
-                        DOT, PRECISION, BK,
+                        inputs, state, stats, vectors, world, vectors, pre, state, inputs, latents, noise, step, actor,
+                        HIDDEN, tl.constexpr(DYNAMICS[0]), tl.constexpr(DYNAMICS[0]), NONE, Z + A, B, B, 1, P, H, B, Z,
+                        A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 else:
                     layer_phase(
                         pre + DYNAMICS[i - NA - 1][PRE], state, stats, vectors, world, vectors, pre, state, inputs,
                         latents, noise, step, actor, CHANGE if DYNAMICS[i - NA][KIND] == NONE else HIDDEN,
-                        tl.constexpr(DYNAMICS[i - NA]), tl.constexpr(DYNAMICS[i - NA - 1]), DYNAMICS[i - NA - 1][KIND], DYNAMICS[i - NA - 1][N],
-                        B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
+                        tl.constexpr(DYNAMICS[i - NA]), tl.constexpr(DYNAMICS[i - NA - 1]), DYNAMICS[i - NA - 1][KIND],
+                        DYNAMICS[i - NA - 1][N], B, B, 1, P, H, B, Z, A, GROUP, EPS, ACC, DOT, PRECISION, BK,
                     )  # fmt: skip
                 if phase + i + 1 < last_phase:
                     grid_barrier(counter)

@@ -48,9 +48,7 @@ class Layer(NamedTuple):
 
 
 @jit
-def place(
-    tile, TILES_N: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, TILE_M: tl.constexpr
-):
+def place(tile, TILES_N: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, TILE_M: tl.constexpr):
     """Member, column tile, row mask [BM], policy [BM] and batch row [BM] of a tile; members have ROWS each."""
     TILES_M: tl.constexpr = (ROWS + TILE_M - 1) // TILE_M
     member, n = tile // (TILES_M * TILES_N), tile % TILES_N

@@ -1,4 +1,4 @@
-"""The persistent critic update in Triton's interpreter against its definition in float64, and against `Extraction`'s."""
+"""The persistent critic update in Triton's interpreter against its float64 definition, and `Critic` with `Adam`."""
 
 import os
 
@@ -25,14 +25,16 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS = (0.7, 0.95)
 TOLERANCE = {"float64": 1e-11, "fp32": 2e-5, "bf16": 5e-2}
+# Adam divides by the gradient's own size, so the smallest gradients' rounding shows in full in the parameters' changes.
+CHANGE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 
 
 class Case:
     """Critics, states and targets; everything drawn in float64 from what float32 can hold."""
 
     def __init__(
-        self, policies: int, critics: int, units: tuple[int, ...], rows: int, latent: int, epochs: int = 2, parts: int = 2,
-        max_norm: float = 1.0,
+        self, policies: int, critics: int, units: tuple[int, ...], rows: int, latent: int, epochs: int = 2,
+        parts: int = 2, max_norm: float = 1.0,
     ):  # fmt: skip
         generator = torch.Generator().manual_seed(rows)
 
@@ -42,10 +44,9 @@ class Case:
         self.policies, self.critics, self.units, self.latent = policies, critics, units, latent
         self.rows, self.epochs, self.parts, self.max_norm = rows, epochs, parts, max_norm
         self.x, self.targets = draw(policies, rows + 3, latent)[:, :rows], draw(policies, rows) * 3
-        orders = [torch.stack([torch.randperm(rows, generator=generator) for _ in range(epochs)]) for _ in range(policies)]
-        self.order = torch.stack(orders).to(DEVICE)
+        orders = [torch.randperm(rows, generator=generator) for _ in range(policies * epochs)]
+        self.order = torch.stack(orders).view(policies, epochs, rows).to(DEVICE)
         self.start = draw(policies * critics, self.critic().parameters.size)
-        self.m, self.v = draw(policies, self.start.numel() // policies) * 0.01, draw(*self.m_shape()).square() * 0.01
 
     def m_shape(self) -> tuple[int, int]:
         return self.policies, self.start.numel() // self.policies
@@ -125,7 +126,7 @@ def test_lower_precision_stays_near_the_definition(precision: str) -> None:
     case = CASES["one policy"]
     exact, _, wanted = case.exact()
     critic, _, found = case.run(torch.float32, precision=precision)
-    assert relative_error(changes_of(critic, case), changes_of(exact, case)) < 100 * TOLERANCE[precision]
+    assert relative_error(changes_of(critic, case), changes_of(exact, case)) < CHANGE_TOLERANCE[precision]
     assert relative_error(found.loss, wanted.loss) < TOLERANCE[precision]
     assert relative_error(found.norm, wanted.norm) < TOLERANCE[precision]
 

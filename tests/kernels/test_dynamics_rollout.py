@@ -1,5 +1,4 @@
-"""The persistent rollout in Triton's interpreter against its definition under autograd in float64, and in PyTorch's
-`Imagination`."""
+"""The persistent rollout in Triton's interpreter against its definition under autograd in float64."""
 
 import os
 

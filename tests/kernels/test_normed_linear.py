@@ -7,6 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from itertools import pairwise
+
 import pytest
 from closeness import relative_error
 from torch import Tensor
@@ -39,7 +41,7 @@ class Chain:
 
         self.dtype, self.kinds = dtype, kinds
         self.x = draw(shared, rows, widths[0])
-        self.weights = [draw(members, n, k, scale=k**-0.5) for k, n in zip(widths, widths[1:])]
+        self.weights = [draw(members, n, k, scale=k**-0.5) for k, n in pairwise(widths)]
         self.biases = [draw(members, n, shift=2.0) for n in widths[1:]]
         self.norms = [Norm(kind, draw(members, n, shift=1.0), draw(members, n)) for kind, n in zip(kinds, widths[1:])]
         self.dy = draw(members, rows, widths[-1])
