@@ -38,10 +38,10 @@ from pwm_fast.kernels.critic_tiles import (
     vector_tile,
     weight_tile,
 )
-from pwm_fast.kernels.grid_barrier import grid_barrier, launch_phases, new_counter, resident_programs
+from pwm_fast.kernels.grid_barrier import grid_barrier, launch_phases, new_counter, phase_kernel, resident_programs
 from pwm_fast.kernels.mish_layernorm import mish_layernorm
 from pwm_fast.kernels.normed_linear import EPS, dot_options
-from pwm_fast.kernels.triton_support import interpreting, jit, refusal, tl
+from pwm_fast.kernels.triton_support import interpreting, refusal, tl
 
 VALUE_ROWS, ADAM_BLOCK = 16, 1024
 
@@ -103,7 +103,7 @@ def critic_epoch(
     return EpochResult(total / (epochs * minibatches), norm, active)
 
 
-@jit
+@phase_kernel
 def critic_epoch_kernel(
     x, targets, order, param, grad, m, v, lr, steps, alive,
     norms, losses, pre, stats, grads, sums, errors, squares, counter,

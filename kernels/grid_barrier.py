@@ -7,14 +7,20 @@ after another, so a grid of several must not get here; phases are launched one b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pwm_fast.kernels.triton_support import interpreting, jit, tl
+from pwm_fast.kernels.triton_support import interpreting, jit, tl, triton
 
 WARPS = 8  # of a persistent program, which has a multiprocessor to itself
+
+
+def phase_kernel(function: Callable[..., None]) -> Any:
+    """`triton.jit` for kernels with arguments first_phase and last_phase: one compilation serves all their values."""
+    return function if triton is None else triton.jit(function, do_not_specialize=["first_phase", "last_phase"])
 
 
 @jit
@@ -28,7 +34,8 @@ def grid_barrier(counter):
     programs = tl.num_programs(0)
     arrived = tl.atomic_add(counter, 1, sem="release", scope="gpu")
     complete = (arrived // programs + 1) * programs
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < complete:  # compiles to a load with acquire
+    # Adding 0 compiles to a load with acquire, which Triton drops where nothing reads its value.
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < complete:
         pass
     tl.debug_barrier()
 

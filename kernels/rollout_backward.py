@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pwm_fast.kernels.grid_barrier import grid_barrier
+from pwm_fast.kernels.grid_barrier import grid_barrier, phase_kernel
 from pwm_fast.kernels.normed_tiles import (
     NONE,
     gradient_product,
@@ -159,7 +159,7 @@ def start_phase(
         tile += tl.num_programs(0)
 
 
-@jit
+@phase_kernel
 def rollout_backward_kernel(
     d_inputs, d_last, d_action, inputs, actor, world, vectors, pre,
     stats, grads, sums, counter, first_phase, last_phase, ACTOR: tl.constexpr,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pwm_fast.kernels.grid_barrier import grid_barrier
+from pwm_fast.kernels.grid_barrier import grid_barrier, phase_kernel
 from pwm_fast.kernels.normed_tiles import (
     MISH_LAYERNORM,
     NONE,
@@ -130,7 +130,7 @@ def latent_phase(
         tile += tl.num_programs(0)
 
 
-@jit
+@phase_kernel
 def rollout_forward_kernel(
     inputs, latents, noise, actor, world, vectors, pre, stats, counter,
     first_phase, last_phase, ACTOR: tl.constexpr, DYNAMICS: tl.constexpr, LOG_STD: tl.constexpr,
