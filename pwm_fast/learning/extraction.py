@@ -7,8 +7,8 @@ back to the host.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import td_lambda
 from pwm_fast.learning import noise as counter_noise
+from pwm_fast.learning.configuration import PRESETS, ExtractionConfig, preset
 from pwm_fast.learning.imagination import Imagination, Rollout
 from pwm_fast.learning.optim import Adam, linear_schedule
 from pwm_fast.learning.returns import ReturnStatistics, imagined_return
@@ -25,63 +26,18 @@ from pwm_fast.models.policy import FORMAT, Actor, Policy
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel, WorldModelConfig
 
-
-@dataclass(frozen=True)
-class ExtractionConfig:
-    """What one extraction computes. Defaults are the paper's; `PRESETS` has the published code's too."""
-
-    horizon: int = 16
-    batch_size: int = 64
-    gamma: float = 0.99
-    td_lambda: float = 0.95
-    terminal_discount_offset: int = 0  # V(z_H) is weighted gamma^(horizon + offset): paper 0, published code 1
-    terminations: bool = False  # discount by the world model's termination head (not in the paper)
-    return_normalisation: bool = True
-    detach_actor_input: bool = True
-    min_log_std: float = -1.427
-    actor_units: tuple[int, ...] = (400, 200, 100)
-    actor_lr: float = 5e-4
-    actor_delay: int = 0  # steps at the start in which only the critics learn (for actors that were not random)
-    actor_max_norm: float = 1.0
-    critic_units: tuple[int, ...] = (400, 200)
-    num_critics: int = 3
-    critic_lr: float = 5e-4
-    critic_max_norm: float = 100.0
-    critic_epochs: int = 8
-    critic_minibatches: int = 4
-    shuffle: bool = True  # False: fixed contiguous blocks, time-major
-    final_lr: float = 1e-5
-    betas: tuple[float, float] = (0.7, 0.95)
-
-    def __post_init__(self) -> None:
-        for name in ("horizon", "batch_size", "num_critics", "critic_epochs", "critic_minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("gamma", "td_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("actor_lr", "critic_lr", "final_lr", "actor_max_norm", "critic_max_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.horizon * self.batch_size < self.critic_minibatches:
-            raise ValueError(
-                f"critic_minibatches must be <= horizon * batch_size = {self.horizon * self.batch_size}, "
-                f"got {self.critic_minibatches}"
-            )
+__all__ = ["PRESETS", "CriticRows", "Extraction", "ExtractionConfig", "preset"]
 
 
-PRESETS = {
-    "paper": ExtractionConfig(),
-    "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
-    "fast": ExtractionConfig(terminations=True, critic_epochs=2, detach_actor_input=False),
-}
+class CriticRows(NamedTuple):
+    """What a step's critics learn from, time-major within a policy."""
+
+    latents: Tensor  # [P, H * B, Z]
+    targets: Tensor  # [P, H * B]
 
 
-def preset(name: str) -> ExtractionConfig:
-    """A named configuration; raises ValueError that lists the known ones."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
 
 
 class Extraction:
@@ -116,9 +72,10 @@ class Extraction:
         if self.task_ids is not None and self.task_ids.shape != (len(self.seeds),):
             raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self.task_ids.shape)}")
         self.set_world_model(world_model)
-        self.set_total_steps(total_steps)
         like = self.imagination.encoder.layers[0].weight
         self._dtype, self._device = like.dtype, like.device
+        self._schedule_length = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.set_total_steps(total_steps)
         c, w = config, world_model.config
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.actor = Actor(self.seeds, w.latent_dim, w.action_dim, c.actor_units, **options)
@@ -132,19 +89,24 @@ class Extraction:
         self._seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
 
     def set_world_model(self, world_model: WorldModel) -> None:
-        """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay."""
-        frozen = world_model.frozen(self.task_ids)
-        if hasattr(self, "world_config") and self.world_config != world_model.config:
+        """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay.
+
+        Its weights are copied to where the old ones lie.
+        """
+        frozen: FrozenWorldModel = world_model.frozen(self.task_ids)
+        if not hasattr(self, "world_config"):
+            self.world_config, self.imagination = world_model.config, Imagination(frozen, self.config.terminations)
+        elif self.world_config != world_model.config:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
-        self.world_config = world_model.config
-        self._frozen: FrozenWorldModel = frozen
-        self.imagination = Imagination(frozen, self.config.terminations)
+        else:
+            self.imagination.load(frozen)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Length of the learning-rate schedule in steps, counted from the first."""
         if total_steps < 1:
             raise ValueError(f"steps must be >= 1, got {total_steps}")
         self.total_steps = total_steps
+        self._schedule_length.fill_(total_steps)
 
     @torch.no_grad()
     def step(self, start_obs: Tensor | np.ndarray, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -158,11 +120,16 @@ class Extraction:
         if tuple(obs.shape) != expected:
             raise ValueError(f"start observations must be [P, B, S] = {expected}, got {tuple(obs.shape)}")
         if noise is None:
-            shape = (c.horizon, c.batch_size, self.world_config.action_dim)
-            noise = counter_noise.normal(self._seeds, self.iteration, counter_noise.ACTION_NOISE, shape, self._dtype)
+            noise = self.action_noise(self.iteration)
         with fast_matmul(self._dtype, self._device):
             self.actor.clamp_log_std(c.min_log_std)
             return self._learn(self.imagination.rollout(self.actor, obs, noise))
+
+    def action_noise(self, step: Tensor) -> Tensor:
+        """The actors' noise [P, H, B, A] of gradient step number `step` [] int64."""
+        c = self.config
+        shape = (c.horizon, c.batch_size, self.world_config.action_dim)
+        return counter_noise.normal(self._seeds, step, counter_noise.ACTION_NOISE, shape, self._dtype)
 
     @torch.no_grad()
     def step_along(
@@ -186,17 +153,21 @@ class Extraction:
 
     def _learn(self, rollout: Rollout, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Update actors and critics from a rollout; where `valid` [H, P, B] is false critics have nothing to learn."""
+        metrics, rows = self._learn_actor(rollout, valid)
+        metrics |= self._learn_critics(rows)
+        self.iteration += 1
+        return metrics
+
+    def _learn_actor(self, rollout: Rollout, valid: Tensor | None = None) -> tuple[dict[str, Tensor], CriticRows]:
         metrics, next_values = self.update_actor(rollout)
         targets = self.targets(rollout, next_values)
         if valid is not None:  # what lies beyond an episode's end keeps its value
             targets[1:] = torch.where(valid[1:], targets[1:], next_values[:-1])
-        metrics |= self.update_critic(rollout, targets)
-        self.iteration += 1
-        return metrics
+        return metrics, self._rows(rollout, targets)
 
     def learning_rate(self, start: float) -> Tensor:
         """The scheduled rate [P] at the present step for one that starts at `start`."""
-        rate = linear_schedule(self.iteration, start, self.config.final_lr, self.total_steps)
+        rate = linear_schedule(self.iteration, start, self.config.final_lr, self._schedule_length)
         return rate.to(self._dtype).expand(self.policies_count)
 
     def update_actor(self, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
@@ -252,11 +223,18 @@ class Extraction:
 
     def update_critic(self, rollout: Rollout, targets: Tensor) -> dict[str, Tensor]:
         """Epochs of minibatch regression of all critics on targets [H, P, B]. Returns metrics."""
+        return self._learn_critics(self._rows(rollout, targets))
+
+    @staticmethod
+    def _rows(rollout: Rollout, targets: Tensor) -> CriticRows:
+        return CriticRows(rollout.latents[:, :-1].flatten(1, 2), targets.transpose(0, 1).flatten(1))
+
+    def _learn_critics(self, rows: CriticRows) -> dict[str, Tensor]:
         c = self.config
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
         total = torch.zeros_like(lr)
-        for latents, target in self._minibatches(rollout.latents[:, :-1], targets):
+        for latents, target in self._minibatches(*rows):
             loss, norm = self._regress(latents, target[:, None], lr, active)
             total = total + loss
             active = active & (norm < torch.inf)  # false for NaN, and one operation where isfinite is four
@@ -264,7 +242,7 @@ class Extraction:
         return {
             "critic_loss": total / (c.critic_epochs * c.critic_minibatches),
             "critic_grad_norm": norm,
-            "target": targets.mean((0, 2)),
+            "target": rows.targets.mean(1),
         }
 
     def _regress(self, latents: Tensor, target: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,14 +274,12 @@ class Extraction:
             loss, _ = self._regress(self.imagination.encoder.forward(rows)[0], value[:, None], lr, active)
         return loss
 
-    def _minibatches(self, latents: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents [P, R, Z] and targets [P, R] of every critic step, from [P, H, B, Z] and [H, P, B].
+    def _minibatches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents [P, R, Z] and targets [P, R] of every critic step, from `CriticRows`.
 
-        Rows are time-major within a policy: fixed contiguous blocks, or a new order in each epoch.
+        Fixed contiguous blocks, or a new order in each epoch.
         """
         c = self.config
-        x = latents.flatten(1, 2)  # [P, H * B, Z]
-        y = targets.transpose(0, 1).flatten(1)  # [P, H * B]
         if not c.shuffle:
             blocks = list(zip(x.tensor_split(c.critic_minibatches, 1), y.tensor_split(c.critic_minibatches, 1)))
             yield from blocks * c.critic_epochs
@@ -320,13 +296,14 @@ class Extraction:
             yield from zip(place.tensor_split(c.critic_minibatches, 1), shuffled.tensor_split(c.critic_minibatches, 1))
 
     def policies(self) -> list[Policy]:
-        """The policies as they are now, independent copies."""
+        """The policies as they are now, copies that share one encoder's weights."""
+        encoder = [
+            FrozenLayer(s.weight.clone(), s.bias.clone(), s.activation, _copy(s.ln_weight), _copy(s.ln_bias))
+            for s in self.imagination.encoder.layers
+        ]
         out = []
         for i, task in enumerate(self.tasks):
-            layers = [
-                FrozenLayer(s.weight, s.bias[i if len(s.bias) > 1 else 0][None], s.activation, s.ln_weight, s.ln_bias)
-                for s in self._frozen.encoder
-            ]
+            layers = [replace(s, bias=s.bias[i if len(s.bias) > 1 else 0][None]) for s in encoder]
             actor = Actor([0], self.world_config.latent_dim, self.world_config.action_dim, self.config.actor_units,
                           self._dtype, self._device)  # fmt: skip
             actor.parameters.load(0, self.actor.parameters.tensors(i))
@@ -342,7 +319,7 @@ class Extraction:
             "obs_dim": w.obs_dim,
             "action_dim": w.action_dim,
             "latent_dim": w.latent_dim,
-            "encoder_units": [s.weight.shape[0] for s in self._frozen.encoder[:-1]],
+            "encoder_units": [s.weight.shape[0] for s in self.imagination.encoder.layers[:-1]],
             "actor_units": list(self.config.actor_units),
             "simnorm_dim": w.simnorm_dim,
             "latent": w.latent,

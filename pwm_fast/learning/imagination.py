@@ -22,7 +22,8 @@ from pwm_fast.models.world_model import FrozenWorldModel
 class Rollout(NamedTuple):
     """One imagined (or real) batch and what its backward pass needs.
 
-    What the frozen networks keep for that pass lies in memory that the next rollout overwrites.
+    An imagined one lies in memory that the next rollout of these shapes overwrites, so that a captured step finds it
+    in the same place every time; of a real one that holds for what the frozen networks keep.
     """
 
     inputs: Tensor  # [H + 1, P, B, Z + A]: z_h and a_h side by side, as the networks read them (a_H is unused)
@@ -52,28 +53,52 @@ class Imagination:
         self.reward_scale = world.reward_scale
         self._workspace = Workspace()
 
+    def load(self, world: FrozenWorldModel) -> None:
+        """Take the weights of another world model of the same shape, in place: a captured step goes on with them."""
+        self.encoder.load(world.encoder)
+        self.dynamics.load(world.dynamics)
+        self.reward.load(world.reward)
+        if self.termination is not None:
+            assert world.termination is not None
+            self.termination.load(world.termination)
+        self.reward_scale.copy_(world.reward_scale)
+
     def rollout(self, actor: Actor, obs: Tensor, noise: Tensor) -> Rollout:
         """Imagine from raw observations [P, B, S] with standard normal noise [P, H, B, A]."""
         z_dim = self.config.latent_dim
         policies, horizon, batch, action_dim = noise.shape
-        inputs = obs.new_empty(horizon + 1, policies, batch, z_dim + action_dim)
-        latents = obs.new_empty(policies, horizon + 1, batch, z_dim)
+        work = self._workspace.part("imagined")
+        inputs = work.tensor("inputs", obs, horizon + 1, policies, batch, z_dim + action_dim)
+        latents = work.tensor("latents", obs, policies, horizon + 1, batch, z_dim)
         samples, dynamics = [], []
-        z = self.encoder.forward(obs)[0]
+        z = self.encoder.forward(obs, work.part("encoder"))[0]
         for h in range(horizon):
             latents[:, h], inputs[h, ..., :z_dim] = z, z
-            samples.append(actor.forward(z, noise[:, h]))
+            samples.append(actor.forward(z, noise[:, h], work.part(f"actor {h}")))
             inputs[h, ..., z_dim:] = samples[h].action
             change, saved = self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))
-            z = z + change if self.config.residual else change
+            z = torch.add(z, change, out=work.tensor(f"z {h + 1}", z, *z.shape)) if self.config.residual else change
             dynamics.append(saved)
         latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
         logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
         continues, slope, termination_layers = self._continues(inputs)
+
+        def kept(name: str, value: Tensor) -> Tensor:
+            return work.tensor(name, value, *value.shape).copy_(value)
+
         return Rollout(
-            inputs, latents, self._expected_reward(logits), continues, slope, noise, samples, dynamics, logits,
-            reward_layers, termination_layers,
-        )  # fmt: skip
+            inputs,
+            latents,
+            kept("reward", self._expected_reward(logits)),
+            None if continues is None else kept("continues", continues),
+            None if slope is None else kept("slope", slope),
+            kept("noise", noise),
+            samples,
+            dynamics,
+            logits,
+            reward_layers,
+            termination_layers,
+        )
 
     def along(self, actor: Actor, obs: Tensor, action: Tensor, reward: Tensor, continues: Tensor) -> Rollout:
         """Real trajectories of the actors as if imagined: the values are real, the derivatives the world model's.

@@ -37,11 +37,22 @@ class FrozenNetwork:
     """
 
     def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, packed: bool = False):
-        self.layers, self.simnorm_dim = list(layers), simnorm_dim
-        self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
-            (pack(s.weight), pack(s.weight.T)) if packed else (None, None) for s in self.layers
-        ]
+        self.layers, self.simnorm_dim, self._packs = list(layers), simnorm_dim, packed
+        self._pack()
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
+
+    def _pack(self) -> None:
+        self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
+            (pack(s.weight), pack(s.weight.T)) if self._packs else (None, None) for s in self.layers
+        ]
+
+    def load(self, layers: Sequence[FrozenLayer]) -> None:
+        """Overwrite the weights with those of `layers` of the same shapes, where they lie."""
+        for mine, other in zip(self.layers, layers, strict=True):
+            for name in ("weight", "bias", "ln_weight", "ln_bias"):
+                if getattr(mine, name) is not None:
+                    getattr(mine, name).copy_(getattr(other, name))
+        self._pack()
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, list[Saved]]:
         """Outputs [..., P, B, out] and what `input_gradient` needs (all of it in `workspace`, if given)."""
