@@ -7,6 +7,7 @@ back to the host.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.policy import FORMAT, Actor, Policy
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel, WorldModelConfig
+from pwm_fast.profiling import span
 
 __all__ = ["PRESETS", "CriticRows", "Extraction", "ExtractionConfig", "preset"]
 
@@ -86,7 +88,7 @@ class Extraction:
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
         self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
-        self._seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
+        self.seed_tensor = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
 
     def set_world_model(self, world_model: WorldModel) -> None:
         """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay.
@@ -121,15 +123,19 @@ class Extraction:
             raise ValueError(f"start observations must be [P, B, S] = {expected}, got {tuple(obs.shape)}")
         if noise is None:
             noise = self.action_noise(self.iteration)
-        with fast_matmul(self._dtype, self._device):
+        with self.arithmetic():
             self.actor.clamp_log_std(c.min_log_std)
             return self._learn(self.imagination.rollout(self.actor, obs, noise))
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Every step's matrix products run inside."""
+        return fast_matmul(self._dtype, self._device)
 
     def action_noise(self, step: Tensor) -> Tensor:
         """The actors' noise [P, H, B, A] of gradient step number `step` [] int64."""
         c = self.config
         shape = (c.horizon, c.batch_size, self.world_config.action_dim)
-        return counter_noise.normal(self._seeds, step, counter_noise.ACTION_NOISE, shape, self._dtype)
+        return counter_noise.normal(self.seed_tensor, step, counter_noise.ACTION_NOISE, shape, self._dtype)
 
     @torch.no_grad()
     def step_along(
@@ -143,7 +149,7 @@ class Extraction:
         expected = (c.horizon + 1, self.policies_count, c.batch_size, self.world_config.obs_dim)
         if tuple(obs.shape) != expected:
             raise ValueError(f"windows must have observations [H+1, P, B, S] = {expected}, got {tuple(obs.shape)}")
-        with fast_matmul(self._dtype, self._device):
+        with self.arithmetic():
             self.actor.clamp_log_std(c.min_log_std)
             obs, action, reward, terminated = (
                 x.to(self._device, self._dtype) for x in (obs, action, reward, terminated)
@@ -153,12 +159,13 @@ class Extraction:
 
     def _learn(self, rollout: Rollout, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Update actors and critics from a rollout; where `valid` [H, P, B] is false critics have nothing to learn."""
-        metrics, rows = self._learn_actor(rollout, valid)
-        metrics |= self._learn_critics(rows)
+        metrics, rows = self.learn_actor(rollout, valid)
+        metrics |= self.learn_critics(rows)
         self.iteration += 1
         return metrics
 
-    def _learn_actor(self, rollout: Rollout, valid: Tensor | None = None) -> tuple[dict[str, Tensor], CriticRows]:
+    def learn_actor(self, rollout: Rollout, valid: Tensor | None = None) -> tuple[dict[str, Tensor], CriticRows]:
+        """The first half of a step: update the actors. Metrics, and what the critics are to learn."""
         metrics, next_values = self.update_actor(rollout)
         targets = self.targets(rollout, next_values)
         if valid is not None:  # what lies beyond an episode's end keeps its value
@@ -201,9 +208,10 @@ class Extraction:
             d_last,
             c.detach_actor_input,
         )
-        rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
-        norm = self.actor_adam.step(rate, c.actor_max_norm, active)
-        self.diverged |= ~(active & torch.isfinite(norm))
+        with span("actor update"):
+            rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
+            norm = self.actor_adam.step(rate, c.actor_max_norm, active)
+            self.diverged |= ~(active & torch.isfinite(norm))
         metrics = {
             "actor_loss": loss,
             "actor_grad_norm": norm,
@@ -216,6 +224,7 @@ class Extraction:
             metrics["survival"] = rollout.continues.prod(0).mean(1)
         return metrics, next_values
 
+    @span("targets")
     def targets(self, rollout: Rollout, next_values: Tensor) -> Tensor:
         """TD(lambda) targets [H, P, B] of z_0 .. z_{H-1} (PWM Eq. 7-9), from the values before any update."""
         c = self.config
@@ -223,13 +232,15 @@ class Extraction:
 
     def update_critic(self, rollout: Rollout, targets: Tensor) -> dict[str, Tensor]:
         """Epochs of minibatch regression of all critics on targets [H, P, B]. Returns metrics."""
-        return self._learn_critics(self._rows(rollout, targets))
+        return self.learn_critics(self._rows(rollout, targets))
 
     @staticmethod
     def _rows(rollout: Rollout, targets: Tensor) -> CriticRows:
         return CriticRows(rollout.latents[:, :-1].flatten(1, 2), targets.transpose(0, 1).flatten(1))
 
-    def _learn_critics(self, rows: CriticRows) -> dict[str, Tensor]:
+    @span("critic")
+    def learn_critics(self, rows: CriticRows) -> dict[str, Tensor]:
+        """The second half of a step, which leaves actors and world model alone. Metrics."""
         c = self.config
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
@@ -286,7 +297,7 @@ class Extraction:
             return
         policies, rows, _ = x.shape
         orders = counter_noise.permutations(
-            self._seeds, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
+            self.seed_tensor, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
         )
         orders = orders + torch.arange(policies, device=self._device)[:, None, None] * rows
         flat, place = x.reshape(policies * rows, -1), self._workspace.tensor("shuffled", x, *x.shape)

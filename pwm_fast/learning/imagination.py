@@ -17,6 +17,7 @@ from pwm_fast.models.policy import ActionSample, Actor
 from pwm_fast.models.population_mlp import Activations
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenWorldModel
+from pwm_fast.profiling import span
 
 
 class Rollout(NamedTuple):
@@ -63,6 +64,7 @@ class Imagination:
             self.termination.load(world.termination)
         self.reward_scale.copy_(world.reward_scale)
 
+    @span("rollout")
     def rollout(self, actor: Actor, obs: Tensor, noise: Tensor) -> Rollout:
         """Imagine from raw observations [P, B, S] with standard normal noise [P, H, B, A]."""
         z_dim = self.config.latent_dim
@@ -80,8 +82,9 @@ class Imagination:
             z = torch.add(z, change, out=work.tensor(f"z {h + 1}", z, *z.shape)) if self.config.residual else change
             dynamics.append(saved)
         latents[:, horizon], inputs[horizon, ..., :z_dim] = z, z
-        logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
-        continues, slope, termination_layers = self._continues(inputs)
+        with span("reward"):
+            logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
+            continues, slope, termination_layers = self._continues(inputs)
 
         def kept(name: str, value: Tensor) -> Tensor:
             return work.tensor(name, value, *value.shape).copy_(value)
@@ -100,6 +103,7 @@ class Imagination:
             termination_layers,
         )
 
+    @span("rollout")
     def along(self, actor: Actor, obs: Tensor, action: Tensor, reward: Tensor, continues: Tensor) -> Rollout:
         """Real trajectories of the actors as if imagined: the values are real, the derivatives the world model's.
 
@@ -117,8 +121,9 @@ class Imagination:
             samples.append(sample)
             noises.append(noise)
             dynamics.append(self.dynamics.forward(inputs[h], self._workspace.part(f"dynamics {h}"))[1])
-        logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
-        _, slope, termination_layers = self._continues(inputs)
+        with span("reward"):
+            logits, reward_layers = self.reward.forward(inputs[:-1], self._workspace.part("reward"))
+            _, slope, termination_layers = self._continues(inputs)
         return Rollout(
             inputs, z.transpose(0, 1).contiguous(), reward, continues, slope, torch.stack(noises, 1), samples, dynamics,
             logits, reward_layers, termination_layers,
@@ -133,6 +138,7 @@ class Imagination:
         continues = torch.sigmoid(-logit.squeeze(-1))
         return continues, continues * (1 - continues), layers
 
+    @span("backward")
     def backward(
         self,
         actor: Actor,
