@@ -40,8 +40,13 @@ class StepGraph:
         if ring < 1:
             raise ValueError(f"ring must be >= 1, got {ring}")
         along = isinstance(inputs, StagedTrajectories)
-        self.execution = execution or ExecutionConfig(overlap=not along)
+        self.execution = execution or ExecutionConfig(overlap=not along, precision=extraction.precision)
         self.execution.check()
+        if self.execution.precision != extraction.precision:
+            raise ValueError(
+                f"the extraction was made with precision {extraction.precision}, the execution asks for "
+                f"{self.execution.precision}: give both the same"
+            )
         if along and self.execution.overlap:
             raise ValueError(
                 "overlap needs start states: a step along real trajectories waits for practice with the policy of the "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PRECISIONS = ("fp32", "tf32", "bf16")  # see `Extraction`
+
 
 @dataclass(frozen=True)
 class ExtractionConfig:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from pwm_fast import backend
+from pwm_fast.learning.configuration import PRECISIONS
 
-PRECISIONS = ("fp32", "tf32", "bf16")
 PERSISTENT_MODULES = ("pwm_fast.kernels.dynamics_rollout", "pwm_fast.kernels.critic_epoch")
 
 
@@ -26,7 +26,7 @@ class ExecutionConfig:
     graph: bool = True  # on CUDA one captured graph per step (elsewhere the same step, operation by operation)
     overlap: bool = True  # the next step's rollout beside this step's critics, on a second stream
     persistent: bool = False  # whole rollouts and critic epochs in one kernel each
-    precision: str = "fp32"  # of the frozen networks and matrix products; see `pwm_fast.learning.precision`
+    precision: str = "fp32"  # what the `Extraction` was made with; see there and `pwm_fast.learning.precision`
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

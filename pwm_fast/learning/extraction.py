@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pwm_fast.kernels import td_lambda
 from pwm_fast.learning import noise as counter_noise
-from pwm_fast.learning.configuration import PRESETS, ExtractionConfig, preset
+from pwm_fast.learning.configuration import PRECISIONS, PRESETS, ExtractionConfig, preset
 from pwm_fast.learning.imagination import Imagination, Rollout
 from pwm_fast.learning.optim import Adam, linear_schedule
 from pwm_fast.learning.returns import ReturnStatistics, imagined_return
@@ -47,6 +47,8 @@ class Extraction:
 
     `task_ids` [P] are the world model's task indices (None: it has no embedding); `seeds` [P] determine everything a
     policy draws (initial weights, noise, minibatch order), whoever shares the batch. `tasks` [P] are names for files.
+    `precision`: "fp32"; "tf32" for the matrix products on CUDA; "bf16" for dynamics, reward and termination networks in
+    bfloat16, the latents, actors, critics and optimisers staying float32 (with products as of "tf32").
     A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
     """
 
@@ -61,8 +63,11 @@ class Extraction:
         seeds: Sequence[int] = (0,),
         total_steps: int = 10_000,
         tasks: Sequence[str] | None = None,
+        precision: str = "fp32",
     ):
-        self.config = config
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.config, self.precision = config, precision
         self.seeds = [int(seed) for seed in seeds]
         self.policies_count = len(self.seeds)
         self.tasks = list(tasks) if tasks is not None else ["unknown"] * len(self.seeds)
@@ -97,7 +102,9 @@ class Extraction:
         """
         frozen: FrozenWorldModel = world_model.frozen(self.task_ids)
         if not hasattr(self, "world_config"):
-            self.world_config, self.imagination = world_model.config, Imagination(frozen, self.config.terminations)
+            dtype = torch.bfloat16 if self.precision == "bf16" else None
+            self.world_config = world_model.config
+            self.imagination = Imagination(frozen, self.config.terminations, dtype)
         elif self.world_config != world_model.config:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
         else:
@@ -129,7 +136,7 @@ class Extraction:
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Every step's matrix products run inside."""
-        return fast_matmul(self._dtype, self._device)
+        return fast_matmul(self._dtype, self._device, tf32=self.precision != "fp32")
 
     def action_noise(self, step: Tensor) -> Tensor:
         """The actors' noise [P, H, B, A] of gradient step number `step` [] int64."""

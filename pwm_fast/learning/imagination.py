@@ -43,14 +43,15 @@ class Rollout(NamedTuple):
 class Imagination:
     """The world model as a differentiable simulator for a population of actors."""
 
-    def __init__(self, world: FrozenWorldModel, terminations: bool = False):
+    def __init__(self, world: FrozenWorldModel, terminations: bool = False, dtype: torch.dtype | None = None):
+        """`dtype`: what all networks but the encoder, which runs once a step, keep and multiply (default: their own)."""
         c = self.config = world.config
         if terminations and world.termination is None:
             raise ValueError("terminations need a world model with a termination head (termination_dim > 0)")
         self.encoder = FrozenNetwork(world.encoder, c.simnorm_dim)  # used once a step: not worth packing
-        self.dynamics = FrozenNetwork(world.dynamics, c.simnorm_dim, packed=True)
-        self.reward = FrozenNetwork(world.reward, c.simnorm_dim, packed=True)
-        self.termination = FrozenNetwork(world.termination, c.simnorm_dim, packed=True) if terminations else None
+        self.dynamics = FrozenNetwork(world.dynamics, c.simnorm_dim, True, dtype)
+        self.reward = FrozenNetwork(world.reward, c.simnorm_dim, True, dtype)
+        self.termination = FrozenNetwork(world.termination, c.simnorm_dim, True, dtype) if terminations else None
         self.reward_scale = world.reward_scale
         self._workspace = Workspace()
 

@@ -7,6 +7,7 @@ actor's time at 48M when it is).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,11 +34,19 @@ class FrozenNetwork:
     """A stack of `FrozenLayer`s over rows [..., P, B, in]; biases may differ per policy (folded task embeddings).
 
     With `packed` the weights are kept a second and third time, W and its transpose as the product's kernel reads them
-    (where there is one): for networks that run many times.
+    (where there is one): for networks that run many times. `dtype` is what weights and activations are kept and
+    multiplied in (default: the weights' own); inputs and outputs keep theirs.
     """
 
-    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, packed: bool = False):
-        self.layers, self.simnorm_dim, self._packs = list(layers), simnorm_dim, packed
+    def __init__(
+        self,
+        layers: Sequence[FrozenLayer],
+        simnorm_dim: int = 8,
+        packed: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        self.layers, self.simnorm_dim, self._packs = [_cast(s, dtype) for s in layers], simnorm_dim, packed
+        self.dtype = self.layers[0].weight.dtype
         self._pack()
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
 
@@ -57,18 +66,18 @@ class FrozenNetwork:
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, list[Saved]]:
         """Outputs [..., P, B, out] and what `input_gradient` needs (all of it in `workspace`, if given)."""
         w = workspace or Workspace()
-        lead, batch = x.shape[:-1], x.shape[-2]
-        x = x.reshape(-1, x.shape[-1])
-        rows, saved = x.shape[0], []
+        lead, batch, outside = x.shape[:-1], x.shape[-2], x.dtype
+        x = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        rows, saved, whole = x.shape[0], [], self.dtype is not torch.bfloat16  # statistics have the kernel's precision
         for i, (layer, norm, (packed, _)) in enumerate(zip(self.layers, self._norms, self._packed)):
             pre = w.tensor(f"{i}.pre", x, 1, rows, layer.weight.shape[0])
             _linear(x, layer, packed, batch, pre[0])
             if norm is None:
                 x = pre[0]
                 continue
-            place = (
+            place: tuple[Tensor | None, ...] = (
                 w.tensor(f"{i}.y", pre, *pre.shape),
-                *(w.tensor(f"{i}.{s}", pre, 1, rows) for s in ("mean", "rstd")),
+                *(w.tensor(f"{i}.{s}", pre, 1, rows) if whole else None for s in ("mean", "rstd")),
             )
             if layer.activation == "simnorm":
                 y, mean, rstd = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
@@ -77,13 +86,15 @@ class FrozenNetwork:
                 y, mean, rstd = layernorm_mish.forward(pre, *norm, EPS, out=place)
                 saved.append(Saved(pre, mean, rstd, None))
             x = y[0]
+        if outside is not self.dtype:
+            x = w.tensor("result", x.new_empty(0, dtype=outside), *x.shape).copy_(x)
         return x.view(*lead, -1), saved
 
     def input_gradient(self, dy: Tensor, saved: list[Saved], workspace: Workspace | None = None) -> Tensor:
         """Gradient [..., P, B, in] of sum(dy * y), in `workspace` if given. dy [..., P, B, out]."""
         w = workspace or Workspace()
-        lead = dy.shape[:-1]
-        dy = dy.reshape(-1, dy.shape[-1])
+        lead, outside = dy.shape[:-1], dy.dtype
+        dy = dy.reshape(-1, dy.shape[-1]).to(self.dtype)
         saved = [*saved, *[None] * (len(self.layers) - len(saved))]
         for i in reversed(range(len(self.layers))):
             layer, norm, s, packed = self.layers[i], self._norms[i], saved[i], self._packed[i][1]
@@ -98,7 +109,15 @@ class FrozenNetwork:
                 dy = d_pre[0]
             dx = w.tensor(f"{i}.dx", dy, dy.shape[0], layer.weight.shape[1])
             dy = torch.mm(dy, layer.weight, out=dx) if packed is None else packed.product(dy, out=dx)
-        return dy.view(*lead, -1)
+        return dy.to(outside).view(*lead, -1)
+
+
+def _cast(layer: FrozenLayer, dtype: torch.dtype | None) -> FrozenLayer:
+    """The layer with its tensors in `dtype`; itself where there is nothing to convert."""
+    if dtype is None or layer.weight.dtype is dtype:
+        return layer
+    names = ("weight", "bias", "ln_weight", "ln_bias")
+    return replace(layer, **{n: None if getattr(layer, n) is None else getattr(layer, n).to(dtype) for n in names})
 
 
 def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int, out: Tensor) -> None:

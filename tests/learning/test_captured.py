@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_requests import NoHostRequests, fake_cuda_extraction
+from host_requests import NoHostRequests, fake_cuda
 from small import ACTION_DIM, OBS_DIM, extraction, start_obs, world_model
 
 from pwm_fast import backend
@@ -235,18 +235,17 @@ def test_the_whole_step_runs_on_a_device_that_has_no_data(
     if kernels not in backend.BACKENDS:
         pytest.skip(f"there is no backend {kernels!r}")
     monkeypatch.setenv(backend.VARIABLE, "torch")
-    ext = make(**VARIANTS[name])
-    table, staged = StartTable(ext, table_rows()), StagedStates(ext)
-    with fake_cuda_extraction(ext, table, staged) as (fake, *inputs):
+    ext = make(**{"horizon": 2, "critic_epochs": 1, **VARIANTS[name]})
+    with fake_cuda(ext, StartTable(ext, table_rows())) as (fake, table):
+        fake._device = torch.device("cuda", 0)
         monkeypatch.setenv(backend.VARIABLE, kernels)
-        for one in inputs:
-            graph = StepGraph(fake, one, ExecutionConfig(graph=False, overlap=execution.overlap))
-            graph._cuda = False  # streams need a real device
-            if graph.execution.overlap:
-                graph._imagine_ahead(fake.iteration)
-            graph._step()
-            assert graph._rows is not None and graph._rows.device.type == "cuda"
-            assert fake.actor.parameters.grad.device.type == "cuda"
+        graph = StepGraph(fake, table, ExecutionConfig(graph=False, overlap=execution.overlap))
+        graph._cuda = False  # streams need a real device
+        if graph.execution.overlap:
+            graph._imagine_ahead(fake.iteration)
+        graph._step()
+        assert graph._rows is not None and graph._rows.device.type == "cuda"
+        assert fake.actor.parameters.grad.device.type == "cuda"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
