@@ -90,8 +90,10 @@ def population_memory(
     for name, widths in networks.items():
         plain = w.residual and name == "dynamics"
         backward_rows = rows if name == "dynamics" else hb
-        kept += frozen_size * hb * _frozen_activations(widths, plain, statistics=not low_precision)
-        kept += frozen_size * backward_rows * (sum(widths[1:-1]) + sum(widths[:-1]) + (0 if _open(name, plain) else widths[-1]))
+        kept += frozen_size * hb * _frozen_activations(widths, plain or name != "dynamics", not low_precision)
+        ends_open = plain or name != "dynamics"
+        gradients = sum(widths[1:-1]) + sum(widths[:-1]) + (0 if ends_open else widths[-1])
+        kept += frozen_size * backward_rows * gradients
         kept += itemsize * hb * widths[-1] if low_precision else 0
     kept += itemsize * ring * (9 + c.terminations) + 8 * 2  # metrics, and counts of both optimisers
 
@@ -124,11 +126,6 @@ def _frozen_widths(w: WorldModelConfig, terminations: bool) -> dict[str, tuple[i
     return out
 
 
-def _open(name: str, plain: bool) -> bool:
-    """Whether a network ends in a plain Linear."""
-    return plain or name in ("reward", "termination")
-
-
 def _frozen_parameters(widths: Sequence[int], plain: bool) -> int:
     """Weights and one bias per layer, gain and shift where it is normalised (task biases come to little)."""
     return sum(a * b + b for a, b in pairwise(widths)) + 2 * sum(widths[1:-1]) + (0 if plain else 2 * widths[-1])
@@ -136,8 +133,7 @@ def _frozen_parameters(widths: Sequence[int], plain: bool) -> int:
 
 def _frozen_activations(widths: Sequence[int], plain: bool, statistics: bool = True) -> int:
     """Per row: Linear's output of every layer; output and statistics of the normalised ones."""
-    ends_open = plain or widths[-1] in (1, 101)
-    normed = list(widths[1:-1]) + ([] if ends_open else [widths[-1]])
+    normed = list(widths[1:-1]) + ([] if plain else [widths[-1]])
     return sum(widths[1:]) + sum(normed) + (2 * len(normed) if statistics else 0)
 
 
