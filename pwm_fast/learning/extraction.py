@@ -100,7 +100,8 @@ class Extraction:
 
         Its weights are copied to where the old ones lie.
         """
-        frozen: FrozenWorldModel = world_model.frozen(self.task_ids)
+        tasks = None if self.task_ids is None else self.task_ids.to(world_model.obs_mean.device)
+        frozen: FrozenWorldModel = world_model.frozen(tasks)
         if not hasattr(self, "world_config"):
             dtype = torch.bfloat16 if self.precision == "bf16" else None
             self.world_config = world_model.config
