@@ -1,4 +1,4 @@
-"""How long a barrier across the whole GPU takes, by the number of multiprocessors: what persistent kernels pay per layer.
+"""How long a barrier across the GPU takes, by the number of multiprocessors: what persistent kernels pay per layer.
 
 One program per multiprocessor; all add to a counter and wait until it shows that the others have.
 """

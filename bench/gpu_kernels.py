@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ class Case(NamedTuple):
 def cases(dry: bool) -> list[Case]:
     """Rows of extraction: 16 x 64 states of 1, 16 or 80 policies; hidden widths of 5M, 48M and 317M."""
     found = []
-    for rows, columns in ((32, 24),) if dry else ((1024, 512), (1024, 1792), (16384, 1792), (81920, 1792), (16384, 4096)):
+    for rows, columns in (
+        ((32, 24),) if dry else ((1024, 512), (1024, 1792), (16384, 1792), (81920, 1792), (16384, 4096))
+    ):
         for name, op in (("layernorm_mish", layernorm_mish), ("mish_layernorm", mish_layernorm)):
             found += _normed(f"{name} {rows}x{columns}", op, rows, columns)
         found += _normed(f"layernorm_simnorm {rows}x{columns}", layernorm_simnorm, rows, columns, 8)
@@ -112,9 +115,7 @@ def kernels(run: Run) -> None:
                 try:
                     found = case.call(name, *(t.clone() for t in buffers))
                     error = float((found.double() - exact).norm() / exact.norm())
-                    seconds = run.rotating(
-                        lambda case=case, dtype=dtype: case.make(dtype, run.device), lambda *b: case.call(name, *b)
-                    )
+                    seconds = run.rotating(partial(case.make, dtype, run.device), partial(case.call, name))
                 except (RuntimeError, TypeError, ValueError) as refusal:
                     run.failures.append(f"kernel {label}: {refusal}")
                     continue

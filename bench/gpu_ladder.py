@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_timing import Run
@@ -37,8 +36,13 @@ GOAL_STEPS = 10_000  # of a whole extraction
 def make_world_model(size: str, device: torch.device) -> WorldModel:
     """A random model with MT80's shapes, made on the device; its reward head is not zero, so gradients are not."""
     torch.manual_seed(0)
+    tasks = {"num_tasks": TASKS, "task_dim": TASK_DIM}
+    if size == "dry":
+        config = WorldModelConfig(OBS_DIM, ACTION_DIM, 16, 24, 24, 2, **tasks)
+    else:
+        config = WorldModelConfig.of_size(size, OBS_DIM, ACTION_DIM, **tasks)
     with torch.device(device):
-        model = WorldModel(WorldModelConfig.of_size(size, OBS_DIM, ACTION_DIM, num_tasks=TASKS, task_dim=TASK_DIM))
+        model = WorldModel(config)
     torch.nn.init.normal_(model._reward[-1].weight, std=0.1)
     return model
 
@@ -61,7 +65,9 @@ def naive_step(model: WorldModel, config: ExtractionConfig, obs: Tensor) -> Call
     return lambda: naive.step(states, noise)
 
 
-def graph_of(model: WorldModel, config: ExtractionConfig, policies: int, obs: Tensor, how: ExecutionConfig) -> StepGraph:
+def graph_of(
+    model: WorldModel, config: ExtractionConfig, policies: int, obs: Tensor, how: ExecutionConfig
+) -> StepGraph:
     ext = extraction(model, config, policies, how.precision)
     return StepGraph(ext, StartTable(ext, obs, check=False), how, ring=64)
 
@@ -81,8 +87,7 @@ def free_memory() -> None:
 
 def ladder(run: Run, share: float = 0.75) -> None:
     """The main combinations whole, then the others' ends, as many as fit into `share` of the time that is left."""
-    seconds, found = share * run.left(), {}
-    until = run.left() - seconds
+    until = (1 - share) * run.left()
     combinations = [("dry", 8, 2)] if run.dry else MAIN + [c for c in REST if c not in MAIN]
     for size, batch, policies in combinations:
         whole = run.dry or (size, batch, policies) in MAIN
@@ -91,21 +96,18 @@ def ladder(run: Run, share: float = 0.75) -> None:
             print(f"  ladder {label}: skipped, out of time")
             continue
         try:
-            _combination(run, label, size, batch, policies, whole, found)
+            _combination(run, label, size, batch, policies, whole)
         except torch.cuda.OutOfMemoryError as error:
             run.failures.append(f"ladder {label}: {str(error).splitlines()[0]}")
         free_memory()
 
 
-def _combination(run: Run, label: str, size: str, batch: int, policies: int, whole: bool, found: dict[str, Any]) -> None:
+def _combination(run: Run, label: str, size: str, batch: int, policies: int, whole: bool) -> None:
     config = replace(PRESETS["paper"], batch_size=batch)
     if run.dry:
         config = replace(config, horizon=3, actor_units=(16, 8), critic_units=(16,), critic_epochs=1)
-        torch.manual_seed(0)
-        model = WorldModel(WorldModelConfig(OBS_DIM, ACTION_DIM, 16, 24, 24, 2, num_tasks=TASKS, task_dim=TASK_DIM))
-        torch.nn.init.normal_(model._reward[-1].weight, std=0.1)
-    else:
-        model = make_world_model(size, run.device)
+    model = make_world_model(size, run.device)
+    if not run.dry:
         memory = population_memory(model.config, config, start_states=ROWS, overlap=True, ring=64)
         free = torch.cuda.mem_get_info(run.device)[0]
         if memory.fits(free) < policies:
@@ -141,12 +143,7 @@ def _combination(run: Run, label: str, size: str, batch: int, policies: int, who
 def gradients(run: Run) -> None:
     """Cosine of the actors' gradient with float64's in each precision; a speed counts only with these."""
     for size in ("dry",) if run.dry else ("5M", "48M"):
-        if run.dry:
-            torch.manual_seed(0)
-            model = WorldModel(WorldModelConfig(OBS_DIM, ACTION_DIM, 16, 24, 24, 2, num_tasks=TASKS, task_dim=TASK_DIM))
-            torch.nn.init.normal_(model._reward[-1].weight, std=0.1)
-        else:
-            model = make_world_model(size, run.device)
+        model = make_world_model(size, run.device)
         config = replace(PRESETS["paper"], critic_epochs=1)
         obs = start_table(run.device, 64).view(2, 32, OBS_DIM)
         for precision, least in LEAST_COSINE.items():

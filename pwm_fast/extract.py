@@ -205,7 +205,7 @@ def memory_line(job: Job, data: EpisodeStore) -> str:
     )  # fmt: skip
     free = torch.cuda.mem_get_info(learner.iteration.device)[0]
     if len(learner.seeds) > memory.fits(free):
-        raise ValueError(f"{len(learner.seeds)} policies do not fit at once ({memory.describe(free)}): use fewer --seeds")
+        raise ValueError(f"{len(learner.seeds)} policies do not fit ({memory.describe(free)}): use fewer --seeds")
     return memory.describe(free)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class StepGraph:
             raise ValueError(f"steps must be >= 1, got {steps}")
         parts = []
         for start in range(0, steps, self.ring):
-            self.advance(min(self.ring, steps - start), None if feed is None else lambda i, s=start: feed(s + i))
+            self.advance(min(self.ring, steps - start), None if feed is None else partial(_later, feed, start))
             parts.append(self.metrics())
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -84,22 +85,21 @@ class StepGraph:
             raise ValueError(f"steps must be 1 to {self.ring}, which is the ring's length, got {steps}")
         if (feed is None) != isinstance(self.inputs, StartTable):
             raise ValueError("staged inputs need `feed`, a table takes none")
-        stage = (lambda i: None) if feed is None else (lambda i: self.inputs.stage(feed(i)))  # type: ignore[union-attr]
         with self.execution.kernels():
-            stage(0)
+            self._stage(feed, 0)
             if self._cuda and self.execution.graph and self._graph is None:
                 self._capture()
             self._slot.zero_()
             if not self.execution.overlap:
                 for i in range(steps):
                     if i:
-                        stage(i)
+                        self._stage(feed, i)
                     self._one()
             else:  # inputs are a step ahead, because rollouts are
                 self._imagine_ahead(self.extraction.iteration)
                 for i in range(steps):
                     if i + 1 < steps:
-                        stage(i + 1)
+                        self._stage(feed, i + 1)
                     self._one()
         self._filled = steps
 
@@ -109,6 +109,11 @@ class StepGraph:
             raise RuntimeError("there are no metrics before the first step: call advance")
         rows = self._rows[: self._filled].to("cpu", copy=True)
         return {name: rows[:, i] for i, name in enumerate(self._names)}
+
+    def _stage(self, feed: Callable[[int], Any] | None, i: int) -> None:
+        if feed is not None and not isinstance(self.inputs, StartTable):
+            with span("data"):
+                self.inputs.stage(feed(i))
 
     def _one(self) -> None:
         if self._graph is not None:
@@ -201,3 +206,7 @@ class StepGraph:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
         self._graph = graph
+
+
+def _later(feed: Callable[[int], Any], start: int, i: int) -> Any:
+    return feed(start + i)

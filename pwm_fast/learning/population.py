@@ -59,7 +59,13 @@ class Population:
     ):
         self.world_model, self.start_obs, self.config, self.steps = world_model, start_obs, config, steps
         self.execution = execution or ExecutionConfig()
-        self._of = {"seeds": seeds, "task_ids": task_ids, "tasks": tasks, "first": first, "count": count}
+        self._of: dict[str, Any] = {
+            "seeds": seeds,
+            "task_ids": task_ids,
+            "tasks": tasks,
+            "first": first,
+            "count": count,
+        }
         device = world_model.obs_mean.device
         self.memory: PopulationMemory = population_memory(
             world_model.config,
@@ -114,9 +120,9 @@ class Population:
                 extraction.load_state_dict(state)
 
     def _start(self, members: list[int]) -> tuple[Extraction, StepGraph]:
-        of = {k: None if v is None else [v[i] for i in members] for k, v in self._of.items()}
+        of: dict[str, Any] = {k: None if v is None else [v[i] for i in members] for k, v in self._of.items()}
         extraction = Extraction(
-            self.world_model, self.config, of["task_ids"], of["seeds"] or (), self.steps, of["tasks"],
+            self.world_model, self.config, of["task_ids"], of["seeds"], self.steps, of["tasks"],
             self.execution.precision,
         )  # fmt: skip
         table = StartTable(extraction, self.start_obs, of["first"], of["count"])

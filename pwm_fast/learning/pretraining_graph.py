@@ -7,6 +7,7 @@ whose gradient is not finite changes nothing, and is reported when the ring is r
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from pwm_fast.learning.pretraining import Pretraining, Windows
 from pwm_fast.profiling import span
 
+SKIP = "found_inf"  # torch's name, made for loss scaling: fused Adam leaves everything as it is where this is 1
 WARM_UP = 3
 RING = 256
 
@@ -71,7 +73,7 @@ class PretrainingGraph:
         self._step_count.fill_(learner.step_count)
         for group, rate in zip(learner.optimizer.param_groups, self._rates):
             group["lr"], group["capturable"] = rate, self._cuda
-        learner.optimizer.found_inf = self._bad  # fused Adam leaves everything as it is where this is 1
+        setattr(learner.optimizer, SKIP, self._bad)
         try:
             self._stage(learner.batch(learner.step_count))
             if self._cuda and self._graph is None:
@@ -86,13 +88,13 @@ class PretrainingGraph:
                     self._graph.replay()
                 learner.step_count += 1
         finally:
-            del learner.optimizer.found_inf
+            delattr(learner.optimizer, SKIP)
 
     @span("data")
     def _stage(self, batch: Windows) -> None:
         if self._windows is None:
             device = self._bad.device
-            parts = {f.name: getattr(batch, f.name) for f in fields(Windows)}
+            parts: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Windows)}
             self._windows = Windows(**{k: None if v is None else v.to(device, copy=True) for k, v in parts.items()})
             return
         for field in fields(Windows):

@@ -7,7 +7,6 @@ actor's time at 48M when it is).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -116,8 +115,8 @@ def _cast(layer: FrozenLayer, dtype: torch.dtype | None) -> FrozenLayer:
     """The layer with its tensors in `dtype`; itself where there is nothing to convert."""
     if dtype is None or layer.weight.dtype is dtype:
         return layer
-    names = ("weight", "bias", "ln_weight", "ln_bias")
-    return replace(layer, **{n: None if getattr(layer, n) is None else getattr(layer, n).to(dtype) for n in names})
+    ln = (None if x is None else x.to(dtype) for x in (layer.ln_weight, layer.ln_bias))
+    return FrozenLayer(layer.weight.to(dtype), layer.bias.to(dtype), layer.activation, *ln)
 
 
 def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int, out: Tensor) -> None:

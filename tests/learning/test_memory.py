@@ -56,9 +56,7 @@ def test_the_model_counts_what_is_kept(options: dict, latent: str, overlap: bool
         graph.run(2)
         taken.append(kept_bytes(graph))
     kept = (taken[1] - taken[0]) / 2
-    expected = population_memory(
-        model.config, ext.config, start_states=ROWS, overlap=overlap, ring=RING, on_cpu=True
-    )
+    expected = population_memory(model.config, ext.config, start_states=ROWS, overlap=overlap, ring=RING, on_cpu=True)
     assert expected.kept == pytest.approx(kept, rel=1e-3)
     assert expected.shared == pytest.approx(taken[0] - kept, rel=0.05)
 
