@@ -79,11 +79,12 @@ class FrozenNetwork:
                 *(w.tensor(f"{i}.{s}", pre, 1, rows) if whole else None for s in ("mean", "rstd")),
             )
             if layer.activation == "simnorm":
-                y, mean, rstd = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
-                saved.append(Saved(pre, mean, rstd, y))
+                y, *statistics = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
             else:
-                y, mean, rstd = layernorm_mish.forward(pre, *norm, EPS, out=place)
-                saved.append(Saved(pre, mean, rstd, None))
+                y, *statistics = layernorm_mish.forward(pre, *norm, EPS, out=place)
+            if not whole:
+                statistics = [w.tensor(f"{i}.{n}", s, 1, rows).copy_(s) for n, s in zip(("mean", "rstd"), statistics)]
+            saved.append(Saved(pre, *statistics, y if layer.activation == "simnorm" else None))
             x = y[0]
         if outside is not self.dtype:
             x = w.tensor("result", x.new_empty(0, dtype=outside), *x.shape).copy_(x)

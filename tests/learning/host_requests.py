@@ -53,6 +53,7 @@ def _without_device_guard() -> Iterator[None]:
         "__getitem__": _index,
         "__setitem__": set_item,
         "__invert__": lambda x: torch.bitwise_not(x),
+        "contiguous": lambda x: x if x.is_contiguous() else aten.clone(x, memory_format=torch.contiguous_format),
         "copy_": lambda x, *args, **kwargs: aten.copy_(x, *args, **kwargs),
         "to": _to,
     }

@@ -114,6 +114,27 @@ def test_the_second_streams_work_and_the_critics_do_not_meet(execution: Executio
     assert_same(ext, plain)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["paper", "terminations-not-detached", "observation-latents"])
+def test_every_rollout_lies_where_the_last_one_lay(name: str, precision: str) -> None:
+    """A captured step reads the rollout that the replay before it left."""
+    plain = make(**VARIANTS[name])
+    model = world_model(dtype=torch.float32, termination_dim=11, latent=VARIANTS[name].get("latent", "simnorm"))
+    ext = Extraction(model, plain.config, plain.task_ids, plain.seeds, precision=precision)
+    graph = StepGraph(ext, StartTable(ext, table_rows()), ExecutionConfig(precision=precision))
+    graph.advance(1)
+    before = places(graph._pending)
+    graph.advance(2)
+    assert len(before) > 30 and places(graph._pending) == before
+
+
+def places(x: Any) -> list[int]:
+    """Addresses of all tensors in nested tuples and lists."""
+    if isinstance(x, torch.Tensor):
+        return [x.data_ptr()]
+    return [place for part in x for place in places(part)] if isinstance(x, (list, tuple)) else []
+
+
 def test_steps_along_trajectories_are_the_extractions_own() -> None:
     options = {"latent": "observation", "terminations": True}
     ext, plain = make(**options), make(**options)
