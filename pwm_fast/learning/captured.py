@@ -19,6 +19,7 @@ from torch import Tensor
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import CriticRows, Extraction
 from pwm_fast.learning.imagination import Rollout
+from pwm_fast.learning.persistent import use_persistent_kernels
 from pwm_fast.learning.step_inputs import StagedTrajectories, StartTable, StepInputs
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.profiling import span
@@ -53,6 +54,8 @@ class StepGraph:
                 "overlap needs start states: a step along real trajectories waits for practice with the policy of the "
                 "step before; set overlap=False"
             )
+        if self.execution.persistent:
+            use_persistent_kernels(extraction)
         self.extraction, self.inputs, self.ring = extraction, inputs, ring
         device = extraction.iteration.device
         self._cuda = device.type == "cuda"

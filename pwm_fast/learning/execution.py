@@ -42,12 +42,8 @@ class ExecutionConfig:
                 "it is tests/learning/naive.py, and bench/gpu.py measures it"
             )
         missing = [name for name in PERSISTENT_MODULES if find_spec(name) is None]
-        if self.persistent:
-            raise RuntimeError(
-                f"persistent kernels do not exist yet: {', '.join(missing)} missing; leave persistent off"
-                if missing
-                else "persistent kernels are not connected to the gradient step yet; leave persistent off"
-            )
+        if self.persistent and missing:
+            raise RuntimeError(f"persistent kernels: {', '.join(missing)} missing; leave persistent off")
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

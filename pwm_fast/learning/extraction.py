@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ class CriticRows(NamedTuple):
 
     latents: Tensor  # [P, H * B, Z]
     targets: Tensor  # [P, H * B]
+
+
+class CriticEpochs(Protocol):
+    """All of a step's minibatch updates of the critics at once, in place: the place of a kernel."""
+
+    def __call__(self, rows: CriticRows, orders: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From `orders` [P, epochs, rows], rates and active policies [P]: mean loss, last norm, still active [P]."""
 
 
 def _copy(x: Tensor | None) -> Tensor | None:
@@ -90,6 +97,7 @@ class Extraction:
         self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)
         self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
         self._workspace = Workspace()
+        self.critic_epochs: CriticEpochs | None = None
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
         self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
@@ -252,6 +260,10 @@ class Extraction:
         c = self.config
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
+        if self.critic_epochs is not None:
+            loss, norm, active = self.critic_epochs(rows, self._orders(rows.latents.shape[1]), lr, active)
+            self.diverged |= ~active
+            return {"critic_loss": loss, "critic_grad_norm": norm, "target": rows.targets.mean(1)}
         total = torch.zeros_like(lr)
         for latents, target in self._minibatches(*rows):
             loss, norm = self._regress(latents, target[:, None], lr, active)
@@ -304,15 +316,21 @@ class Extraction:
             yield from blocks * c.critic_epochs
             return
         policies, rows, _ = x.shape
-        orders = counter_noise.permutations(
-            self.seed_tensor, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
-        )
-        orders = orders + torch.arange(policies, device=self._device)[:, None, None] * rows
+        orders = self._orders(rows) + torch.arange(policies, device=self._device)[:, None, None] * rows
         flat, place = x.reshape(policies * rows, -1), self._workspace.tensor("shuffled", x, *x.shape)
         for order in orders.unbind(1):
             torch.index_select(flat, 0, order.reshape(-1), out=place.view_as(flat))
             shuffled = y.reshape(-1)[order]
             yield from zip(place.tensor_split(c.critic_minibatches, 1), shuffled.tensor_split(c.critic_minibatches, 1))
+
+    def _orders(self, rows: int) -> Tensor:
+        """The order of a policy's rows in each of the critics' epochs: int64 [P, epochs, rows]."""
+        c = self.config
+        if not c.shuffle:
+            return torch.arange(rows, device=self._device).expand(self.policies_count, c.critic_epochs, -1)
+        return counter_noise.permutations(
+            self.seed_tensor, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
+        )
 
     def policies(self) -> list[Policy]:
         """The policies as they are now, copies that share one encoder's weights."""

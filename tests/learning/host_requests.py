@@ -53,7 +53,7 @@ def _without_device_guard() -> Iterator[None]:
         "__getitem__": _index,
         "__setitem__": set_item,
         "__invert__": lambda x: torch.bitwise_not(x),
-        "contiguous": lambda x: x if x.is_contiguous() else aten.clone(x, memory_format=torch.contiguous_format),
+        "contiguous": _contiguous,
         "copy_": lambda x, *args, **kwargs: aten.copy_(x, *args, **kwargs),
         "to": _to,
     }
@@ -87,6 +87,10 @@ def _index(x: Tensor, key: Any) -> Tensor:
             x = aten.index(x, [None] * dim + [k])
         dim += 1
     return x
+
+
+def _contiguous(x: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return x if x.is_contiguous(memory_format=memory_format) else aten.clone(x, memory_format=memory_format)
 
 
 def _to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
