@@ -123,13 +123,12 @@ def _combination(run: Run, label: str, size: str, batch: int, policies: int, who
             continue
         try:
             how.check()
-        except RuntimeError as reason:
+            graph = graph_of(model, config, policies, obs, how)
+        except (RuntimeError, ValueError) as reason:  # kernels that do not take this machine or these shapes
             print(f"  ladder {label}/{name}: {reason}")
             continue
-        graph = graph_of(model, config, policies, obs, how)
-        graph.advance(4)
-        graph.metrics()
-        steps = 2 if run.dry else 8
+        short = run.seconds(lambda g=graph: g.advance(2), budget=0.0, least=1) / 2
+        steps = 2 if run.dry else min(max(int(0.3 / short), 2), graph.ring)  # a call's own cost spreads over its steps
         each = run.seconds(lambda g=graph, n=steps: g.advance(n), budget=per_rung, least=3) / steps
         run.require(not bool(graph.extraction.diverged.any()), f"ladder {label}/{name}: a policy diverged")
         notes = {"policies_per_s": policies / each, "s_per_10k_steps": GOAL_STEPS * each}

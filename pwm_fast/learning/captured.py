@@ -66,6 +66,7 @@ class StepGraph:
         self._pending: Rollout | None = None
         self._workspace = Workspace()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._first: torch.cuda.CUDAGraph | None = None  # the rollout before the first overlapped step of a call
         self._side: torch.cuda.Stream | None = None
 
     def run(self, steps: int, feed: Callable[[int], Any] | None = None) -> dict[str, Tensor]:
@@ -99,7 +100,10 @@ class StepGraph:
                         self._stage(feed, i)
                     self._one()
             else:  # inputs are a step ahead, because rollouts are
-                self._imagine_ahead(self.extraction.iteration)
+                if self._first is not None:
+                    self._first.replay()
+                else:
+                    self._imagine_ahead(self.extraction.iteration)
                 for i in range(steps):
                     if i + 1 < steps:
                         self._stage(feed, i + 1)
@@ -208,6 +212,10 @@ class StepGraph:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
+            if self.execution.overlap:
+                self._first = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._first, capture_error_mode="thread_local"):
+                    self._imagine_ahead(self.extraction.iteration)
         self._graph = graph
 
 
