@@ -224,7 +224,7 @@ class CriticEpoch:
         fused: bool | None = None,
     ):
         flat = parameters.flat
-        if reason := refusal(flat):
+        if reason := refusal(flat, float64=True):
             raise RuntimeError(reason)
         if flat.dtype not in (torch.float32, torch.float64) or len(flat) != policies * num_critics:
             raise ValueError(

@@ -118,7 +118,7 @@ class DynamicsRollout:
         fused: bool | None = None,
     ):
         flat = actor.flat
-        if reason := refusal(flat):
+        if reason := refusal(flat, float64=True):
             raise RuntimeError(reason)
         z, a = actor_widths[0], actor_widths[-1]
         self._check(dynamics, z, a, policies, residual, group)

@@ -170,7 +170,7 @@ def forward(
     where Triton cannot run.
     """
     members = _members(x, weight, 2, "x")
-    if reason := refusal(x, weight, bias):
+    if reason := refusal(x, weight, bias, float64=True):
         raise RuntimeError(reason)
     if (norm is None) != (statistics is None):
         raise ValueError("norm and statistics come together: the statistics are those of the rows that norm reads")
@@ -266,7 +266,7 @@ def input_gradient(
     members = _members(d, weight, 1, "d")
     if len(d) != members:
         raise ValueError(f"d must have a group for each of the {members} weights, got {len(d)}")
-    if reason := refusal(d, weight):
+    if reason := refusal(d, weight, float64=True):
         raise RuntimeError(reason)
     if (own is None) != (gradient.sums is None):
         raise ValueError("the sums of d and d n belong to a gradient at normalised rows, and only there")

@@ -37,12 +37,12 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def refusal(*tensors: torch.Tensor) -> str | None:
-    """Why Triton kernels cannot take these tensors, or None where they can."""
+def refusal(*tensors: torch.Tensor, float64: bool = False) -> str | None:
+    """Why Triton kernels cannot take these tensors, or None where they can. Some kernels take `float64` as well."""
     if unavailable is not None:
         return unavailable
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor.is_floating_point() and tensor.dtype not in (*DTYPES, *((torch.float64,) if float64 else ())):
             return f"triton kernels take float32 and bfloat16, got {tensor.dtype}"
         if not (tensor.is_cuda or interpreting):
             return f"triton kernels need CUDA tensors (or TRITON_INTERPRET=1), got one on {tensor.device}"

@@ -22,9 +22,12 @@ from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.packed import unpack
 from pwm_fast.envs import registry
 from pwm_fast.errors import positive, run_command
+from pwm_fast.learning.captured import RING
+from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import preset
 from pwm_fast.learning.finetuning import RoundConfig
 from pwm_fast.learning.job import Budget, Job, make_job
+from pwm_fast.learning.memory import population_memory
 from pwm_fast.models.world_model import WorldModel
 from pwm_fast.pictures import curve, rollout_gif, series
 from pwm_fast.progress import Interrupt, Phases, Progress, make_console, resume_command
@@ -37,6 +40,20 @@ CLOSING_SECONDS = 40.0  # kept back for the last evaluation and the pictures
 PREPARATION_SHARE, PREPARATION_MINUTES = 0.6, 10.0  # of a run's time, where the world model has to be built first
 BUILT_SIZE = "1M"
 EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Switches of `ExecutionConfig` that a run may use."""
+
+    fused_kernels: bool = True
+    """Fused kernels; off: plain torch operations."""
+    graph: bool = True
+    """One captured CUDA graph per gradient step."""
+    overlap: bool = True
+    """The next step's rollout beside this step's critics."""
+    persistent: bool = False
+    """Whole rollouts and critic epochs in one kernel each."""
 
 
 @dataclass
@@ -65,8 +82,10 @@ class Options:
     """Size of a world model that has to be built first (default: 1M)."""
     device: str = "cpu"
     """cpu or cuda."""
-    precision: Literal["fp32", "tf32"] = "fp32"
-    """Of matrix products; tf32 needs a GPU."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of matrix products (tf32) or of the world model's networks (bf16); below fp32 needs a GPU."""
+    execution: Execution = field(default_factory=Execution)
+    """What makes a gradient step fast, each to be switched off alone; on a GPU."""
     out: Path | None = None
     """Run folder (default: runs/TASK)."""
     resume: bool = False
@@ -115,7 +134,6 @@ def check(options: Options) -> None:
         os.environ[backend.VARIABLE] = options.backend
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
 
 
 def extract(options: Options, name: str) -> Path:
@@ -135,7 +153,7 @@ def extract(options: Options, name: str) -> Path:
             seconds = None if minutes is None else 60 * minutes
             job = make_job(
                 name, model, data, seeds, Budget(options.steps, seconds), setting, rounds,
-                options.seed, options.threads, options.start,
+                options.seed, options.threads, options.start, execution_of(options),
             )  # fmt: skip
             state = folder.load_checkpoint() if options.resume else None
             if state is not None:
@@ -143,9 +161,20 @@ def extract(options: Options, name: str) -> Path:
         console.print(Text(f"{task.title}: {backend.describe()} · {options.device} {options.precision} · "
                            f"{torch.get_num_threads()} threads"))  # fmt: skip
         console.print(Text(f"world model: {model.num_parameters / 1e6:.1f}M parameters, {found.origin}"))
+        if on_gpu(options):
+            console.print(Text(memory_line(job, data)))
         console.print(Text(f"data: {data.num_episodes:,} pieces of episodes, {data.num_transitions:,} transitions"))
         learn(job, folder, phases, options, minutes, interrupt, task)
         return close(job, folder, phases, options, model, task, console, seeds)
+
+
+def execution_of(options: Options) -> ExecutionConfig | None:
+    """How gradient steps run: operation by operation on the CPU, by the switches on a GPU."""
+    return ExecutionConfig(**asdict(options.execution), precision=options.precision) if on_gpu(options) else None
+
+
+def on_gpu(options: Options) -> bool:
+    return options.device.startswith("cuda")
 
 
 def recorded(options: Options, name: str) -> dict[str, Any]:
@@ -165,6 +194,19 @@ def source(options: Options, name: str, minutes: float | None, console: Any) -> 
         time = PREPARATION_SHARE * (minutes or PREPARATION_MINUTES)
         found = prepare(name, time, options.size or BUILT_SIZE, options.seed, options.threads, console)
     return found
+
+
+def memory_line(job: Job, data: EpisodeStore) -> str:
+    """What a policy takes on the GPU, and how many fit. Raises ValueError where the run's do not."""
+    learner = job.rounds.extraction
+    memory = population_memory(
+        learner.world_config, learner.config, start_states=data.num_rows, overlap=True, ring=RING,
+        low_precision=learner.precision == "bf16",
+    )  # fmt: skip
+    free = torch.cuda.mem_get_info(learner.iteration.device)[0]
+    if len(learner.seeds) > memory.fits(free):
+        raise ValueError(f"{len(learner.seeds)} policies do not fit ({memory.describe(free)}): use fewer --seeds")
+    return memory.describe(free)
 
 
 def open_episodes(path: Path, unpacked: Path) -> EpisodeStore:

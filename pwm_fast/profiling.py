@@ -1,11 +1,11 @@
-"""NVTX ranges: named spans in Nsight's timeline. Without the `nvtx` package or a GPU they do nothing.
+"""NVTX ranges: named spans in Nsight's timeline (docs/profiling.md). Without a GPU they do nothing.
 
     with span("imagination"): ...
 
     @span("critic update")
     def update(...): ...
 
-PWM_FAST_NVTX=1 turns them on without a GPU, 0 off with one.
+PWM_FAST_NVTX=1 turns them on without a GPU (with the `nvtx` package), 0 off with one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,30 @@ VARIABLE = "PWM_FAST_NVTX"
 DOMAIN = "pwm_fast"
 
 
+class _TorchRanges:
+    """torch's ranges under the nvtx package's names; they have no domains."""
+
+    def __init__(self) -> None:
+        self._ranges = import_module("torch").cuda.nvtx
+
+    def push_range(self, name: str, domain: str) -> None:
+        self._ranges.range_push(f"{domain}: {name}")
+
+    def pop_range(self, domain: str) -> None:
+        self._ranges.range_pop()
+
+
 @functools.cache
-def _nvtx() -> ModuleType | None:
-    """The nvtx package where ranges are of use, else None; decided once, at the first range."""
+def _nvtx() -> ModuleType | _TorchRanges | None:
+    """The nvtx package, or torch's ranges, where they are of use, else None; decided once, at the first range."""
     wanted = os.environ.get(VARIABLE)
     if wanted == "0":
         return None
+    on_gpu = import_module("torch").cuda.is_available()
     try:
-        nvtx = import_module("nvtx")
-        return nvtx if wanted or import_module("torch").cuda.is_available() else None
+        return import_module("nvtx") if wanted or on_gpu else None
     except ImportError:
-        return None
+        return _TorchRanges() if on_gpu else None
 
 
 def enabled() -> bool:

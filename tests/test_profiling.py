@@ -4,8 +4,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pwm_fast import profiling
+from pwm_fast.learning.captured import StepGraph
+from pwm_fast.learning.configuration import ExtractionConfig
+from pwm_fast.learning.execution import ExecutionConfig
+from pwm_fast.learning.extraction import Extraction
+from pwm_fast.learning.step_inputs import StartTable
+from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 
 
 @pytest.fixture
@@ -44,9 +51,33 @@ def test_ranges_do_nothing_when_switched_off(calls, monkeypatch):
     assert not profiling.enabled() and calls == []
 
 
-def test_ranges_do_nothing_without_the_package(calls, monkeypatch):
+def test_ranges_do_nothing_without_the_package_and_a_gpu(calls, monkeypatch):
     monkeypatch.delenv("PWM_FAST_NVTX", raising=False)
     monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with profiling.span("x"):
         pass
     assert not profiling.enabled()
+
+
+def test_torch_makes_the_ranges_where_the_package_is_missing(calls, monkeypatch):
+    monkeypatch.delenv("PWM_FAST_NVTX", raising=False)
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ranges = SimpleNamespace(range_push=lambda name: calls.append(name), range_pop=lambda: calls.append("pop"))
+    monkeypatch.setattr(torch.cuda, "nvtx", ranges)
+    with profiling.span("critic"):
+        pass
+    assert calls == ["pwm_fast: critic", "pop"]
+
+
+def test_a_gradient_step_is_divided_into_its_parts(calls, monkeypatch):
+    monkeypatch.setenv("PWM_FAST_NVTX", "1")
+    model = WorldModel(WorldModelConfig(4, 2, 8, 8, 8, 2))
+    config = ExtractionConfig(horizon=2, batch_size=4, actor_units=(8,), critic_units=(8,), critic_epochs=1)
+    extraction = Extraction(model, config)
+    graph = StepGraph(extraction, StartTable(extraction, torch.randn(9, 4)), ExecutionConfig(overlap=False))
+    graph.run(1)
+    pushed = [call[1] for call in calls if call[0] == "push"]
+    assert pushed == ["data", "rollout", "reward", "backward", "actor update", "targets", "critic"]
+    assert len(calls) == 2 * len(pushed)

@@ -41,17 +41,20 @@ def clone(
     ids, actor, policies = best_episodes(store, share), extraction.actor, len(extraction.seeds)
     samplers = [WindowSampler(store, 1, ids, seed=seed) for seed in extraction.seeds]
     actor.parameters["log_std"].fill_(LOG_STD)
-    optimizer, active = Adam(actor.parameters, policies, (0.9, 0.999)), torch.ones(policies, dtype=torch.bool)
+    device = actor.parameters.flat.device
+    optimizer = Adam(actor.parameters, policies, (0.9, 0.999))
+    active = torch.ones(policies, dtype=torch.bool, device=device)
     for step in range(steps):
         batches = [sampler.windows(step, batch_size) for sampler in samplers]
-        obs = torch.from_numpy(np.stack([b["obs"][0] for b in batches]))  # [P, B, S]
-        goal = torch.from_numpy(np.stack([b["action"][0] for b in batches]))  # [P, B, A]
+        obs = torch.from_numpy(np.stack([b["obs"][0] for b in batches])).to(device)  # [P, B, S]
+        goal = torch.from_numpy(np.stack([b["action"][0] for b in batches])).to(device)  # [P, B, A]
         noise = torch.zeros_like(goal)
         sample = actor.forward(world_model.encode(obs, _task(extraction)), noise)
         actor.backward((sample.action - goal) * (2.0 / goal[0].numel()), noise, sample)
-        optimizer.step(torch.full((policies,), learning_rate * (1.0 - step / steps)), 1.0, active)
+        rate = torch.full((policies,), learning_rate * (1.0 - step / steps), device=device)
+        optimizer.step(rate, 1.0, active)
 
 
 def _task(extraction: Extraction) -> torch.Tensor | None:
     ids = extraction.task_ids
-    return None if ids is None else ids[:, None]
+    return None if ids is None else ids[:, None].to(extraction.iteration.device)

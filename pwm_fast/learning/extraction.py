@@ -7,8 +7,9 @@ back to the host.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pwm_fast.kernels import td_lambda
 from pwm_fast.learning import noise as counter_noise
+from pwm_fast.learning.configuration import PRECISIONS, PRESETS, ExtractionConfig, preset
 from pwm_fast.learning.imagination import Imagination, Rollout
 from pwm_fast.learning.optim import Adam, linear_schedule
 from pwm_fast.learning.returns import ReturnStatistics, imagined_return
@@ -25,65 +27,27 @@ from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.policy import FORMAT, Actor, Policy
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer, FrozenWorldModel, WorldModel, WorldModelConfig
+from pwm_fast.profiling import span
+
+__all__ = ["PRESETS", "CriticRows", "Extraction", "ExtractionConfig", "preset"]
 
 
-@dataclass(frozen=True)
-class ExtractionConfig:
-    """What one extraction computes. Defaults are the paper's; `PRESETS` has the published code's too."""
+class CriticRows(NamedTuple):
+    """What a step's critics learn from, time-major within a policy."""
 
-    horizon: int = 16
-    batch_size: int = 64
-    gamma: float = 0.99
-    td_lambda: float = 0.95
-    terminal_discount_offset: int = 0  # V(z_H) is weighted gamma^(horizon + offset): paper 0, published code 1
-    terminations: bool = False  # discount by the world model's termination head (not in the paper)
-    return_normalisation: bool = True
-    detach_actor_input: bool = True
-    min_log_std: float = -1.427
-    actor_units: tuple[int, ...] = (400, 200, 100)
-    actor_lr: float = 5e-4
-    actor_delay: int = 0  # steps at the start in which only the critics learn (for actors that were not random)
-    actor_max_norm: float = 1.0
-    actor_average: float = 0.0  # weight of the past in `Extraction.average` (not in the paper); 0: the actor itself
-    critic_units: tuple[int, ...] = (400, 200)
-    num_critics: int = 3
-    critic_lr: float = 5e-4
-    critic_max_norm: float = 100.0
-    critic_epochs: int = 8
-    critic_minibatches: int = 4
-    shuffle: bool = True  # False: fixed contiguous blocks, time-major
-    final_lr: float = 1e-5
-    betas: tuple[float, float] = (0.7, 0.95)
-
-    def __post_init__(self) -> None:
-        for name in ("horizon", "batch_size", "num_critics", "critic_epochs", "critic_minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("gamma", "td_lambda", "actor_average"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("actor_lr", "critic_lr", "final_lr", "actor_max_norm", "critic_max_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.horizon * self.batch_size < self.critic_minibatches:
-            raise ValueError(
-                f"critic_minibatches must be <= horizon * batch_size = {self.horizon * self.batch_size}, "
-                f"got {self.critic_minibatches}"
-            )
+    latents: Tensor  # [P, H * B, Z]
+    targets: Tensor  # [P, H * B]
 
 
-PRESETS = {
-    "paper": ExtractionConfig(),
-    "published-code": ExtractionConfig(td_lambda=0.0, terminal_discount_offset=1, shuffle=False),
-    "fast": ExtractionConfig(terminations=True, critic_epochs=2, detach_actor_input=False),
-}
+class CriticEpochs(Protocol):
+    """All of a step's minibatch updates of the critics at once, in place: the place of a kernel."""
+
+    def __call__(self, rows: CriticRows, orders: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From `orders` [P, epochs, rows], rates and active policies [P]: mean loss, last norm, still active [P]."""
 
 
-def preset(name: str) -> ExtractionConfig:
-    """A named configuration; raises ValueError that lists the known ones."""
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _copy(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.clone()
 
 
 class Extraction:
@@ -91,6 +55,8 @@ class Extraction:
 
     `task_ids` [P] are the world model's task indices (None: it has no embedding); `seeds` [P] determine everything a
     policy draws (initial weights, noise, minibatch order), whoever shares the batch. `tasks` [P] are names for files.
+    `precision`: "fp32"; "tf32" for the matrix products on CUDA; "bf16" for dynamics, reward and termination networks in
+    bfloat16, the latents, actors, critics and optimisers staying float32 (with products as of "tf32").
     A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
     """
 
@@ -105,8 +71,11 @@ class Extraction:
         seeds: Sequence[int] = (0,),
         total_steps: int = 10_000,
         tasks: Sequence[str] | None = None,
+        precision: str = "fp32",
     ):
-        self.config = config
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.config, self.precision = config, precision
         self.seeds = [int(seed) for seed in seeds]
         self.policies_count = len(self.seeds)
         self.tasks = list(tasks) if tasks is not None else ["unknown"] * len(self.seeds)
@@ -118,9 +87,10 @@ class Extraction:
         if self.task_ids is not None and self.task_ids.shape != (len(self.seeds),):
             raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self.task_ids.shape)}")
         self.set_world_model(world_model)
-        self.set_total_steps(total_steps)
         like = self.imagination.encoder.layers[0].weight
         self._dtype, self._device = like.dtype, like.device
+        self._schedule_length = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.set_total_steps(total_steps)
         c, w = config, world_model.config
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.actor = Actor(self.seeds, w.latent_dim, w.action_dim, c.actor_units, **options)
@@ -129,25 +99,34 @@ class Extraction:
         self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
         self.average = self.actor.parameters.flat.clone()  # [P, n]: the actors, averaged over their last steps
         self._workspace = Workspace()
+        self.critic_epochs: CriticEpochs | None = None
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
         self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
-        self._seeds = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
+        self.seed_tensor = torch.tensor(self.seeds, dtype=torch.int64, device=self._device)
 
     def set_world_model(self, world_model: WorldModel) -> None:
-        """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay."""
-        frozen = world_model.frozen(self.task_ids)
-        if hasattr(self, "world_config") and self.world_config != world_model.config:
+        """Go on with another (fine-tuned) world model of the same shape; actors, critics and optimisers stay.
+
+        Its weights are copied to where the old ones lie.
+        """
+        tasks = None if self.task_ids is None else self.task_ids.to(world_model.obs_mean.device)
+        frozen: FrozenWorldModel = world_model.frozen(tasks)
+        if not hasattr(self, "world_config"):
+            dtype = torch.bfloat16 if self.precision == "bf16" else None
+            self.world_config = world_model.config
+            self.imagination = Imagination(frozen, self.config.terminations, dtype)
+        elif self.world_config != world_model.config:
             raise ValueError(f"world model must keep its shape {self.world_config}, got {world_model.config}")
-        self.world_config = world_model.config
-        self._frozen: FrozenWorldModel = frozen
-        self.imagination = Imagination(frozen, self.config.terminations)
+        else:
+            self.imagination.load(frozen)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Length of the learning-rate schedule in steps, counted from the first."""
         if total_steps < 1:
             raise ValueError(f"steps must be >= 1, got {total_steps}")
         self.total_steps = total_steps
+        self._schedule_length.fill_(total_steps)
 
     @torch.no_grad()
     def step(self, start_obs: Tensor | np.ndarray, noise: Tensor | None = None) -> dict[str, Tensor]:
@@ -161,11 +140,20 @@ class Extraction:
         if tuple(obs.shape) != expected:
             raise ValueError(f"start observations must be [P, B, S] = {expected}, got {tuple(obs.shape)}")
         if noise is None:
-            shape = (c.horizon, c.batch_size, self.world_config.action_dim)
-            noise = counter_noise.normal(self._seeds, self.iteration, counter_noise.ACTION_NOISE, shape, self._dtype)
-        with fast_matmul(self._dtype, self._device):
+            noise = self.action_noise(self.iteration)
+        with self.arithmetic():
             self.actor.clamp_log_std(c.min_log_std)
             return self._learn(self.imagination.rollout(self.actor, obs, noise))
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Every step's matrix products run inside."""
+        return fast_matmul(self._dtype, self._device, tf32=self.precision != "fp32")
+
+    def action_noise(self, step: Tensor) -> Tensor:
+        """The actors' noise [P, H, B, A] of gradient step number `step` [] int64."""
+        c = self.config
+        shape = (c.horizon, c.batch_size, self.world_config.action_dim)
+        return counter_noise.normal(self.seed_tensor, step, counter_noise.ACTION_NOISE, shape, self._dtype)
 
     @torch.no_grad()
     def step_along(
@@ -179,7 +167,7 @@ class Extraction:
         expected = (c.horizon + 1, self.policies_count, c.batch_size, self.world_config.obs_dim)
         if tuple(obs.shape) != expected:
             raise ValueError(f"windows must have observations [H+1, P, B, S] = {expected}, got {tuple(obs.shape)}")
-        with fast_matmul(self._dtype, self._device):
+        with self.arithmetic():
             self.actor.clamp_log_std(c.min_log_std)
             obs, action, reward, terminated = (
                 x.to(self._device, self._dtype) for x in (obs, action, reward, terminated)
@@ -189,17 +177,22 @@ class Extraction:
 
     def _learn(self, rollout: Rollout, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Update actors and critics from a rollout; where `valid` [H, P, B] is false critics have nothing to learn."""
+        metrics, rows = self.learn_actor(rollout, valid)
+        metrics |= self.learn_critics(rows)
+        self.iteration += 1
+        return metrics
+
+    def learn_actor(self, rollout: Rollout, valid: Tensor | None = None) -> tuple[dict[str, Tensor], CriticRows]:
+        """The first half of a step: update the actors. Metrics, and what the critics are to learn."""
         metrics, next_values = self.update_actor(rollout)
         targets = self.targets(rollout, next_values)
         if valid is not None:  # what lies beyond an episode's end keeps its value
             targets[1:] = torch.where(valid[1:], targets[1:], next_values[:-1])
-        metrics |= self.update_critic(rollout, targets)
-        self.iteration += 1
-        return metrics
+        return metrics, self._rows(rollout, targets)
 
     def learning_rate(self, start: float) -> Tensor:
         """The scheduled rate [P] at the present step for one that starts at `start`."""
-        rate = linear_schedule(self.iteration, start, self.config.final_lr, self.total_steps)
+        rate = linear_schedule(self.iteration, start, self.config.final_lr, self._schedule_length)
         return rate.to(self._dtype).expand(self.policies_count)
 
     def update_actor(self, rollout: Rollout) -> tuple[dict[str, Tensor], Tensor]:
@@ -233,9 +226,10 @@ class Extraction:
             d_last,
             c.detach_actor_input,
         )
-        rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
-        norm = self.actor_adam.step(rate, c.actor_max_norm, active)
-        self.diverged |= ~(active & torch.isfinite(norm))
+        with span("actor update"):
+            rate = self.learning_rate(c.actor_lr) * (self.iteration >= c.actor_delay)
+            norm = self.actor_adam.step(rate, c.actor_max_norm, active)
+            self.diverged |= ~(active & torch.isfinite(norm))
         self.average.lerp_(self.actor.parameters.flat, 1 - c.actor_average)
         metrics = {
             "actor_loss": loss,
@@ -249,6 +243,7 @@ class Extraction:
             metrics["survival"] = rollout.continues.prod(0).mean(1)
         return metrics, next_values
 
+    @span("targets")
     def targets(self, rollout: Rollout, next_values: Tensor) -> Tensor:
         """TD(lambda) targets [H, P, B] of z_0 .. z_{H-1} (PWM Eq. 7-9), from the values before any update."""
         c = self.config
@@ -256,11 +251,24 @@ class Extraction:
 
     def update_critic(self, rollout: Rollout, targets: Tensor) -> dict[str, Tensor]:
         """Epochs of minibatch regression of all critics on targets [H, P, B]. Returns metrics."""
+        return self.learn_critics(self._rows(rollout, targets))
+
+    @staticmethod
+    def _rows(rollout: Rollout, targets: Tensor) -> CriticRows:
+        return CriticRows(rollout.latents[:, :-1].flatten(1, 2), targets.transpose(0, 1).flatten(1))
+
+    @span("critic")
+    def learn_critics(self, rows: CriticRows) -> dict[str, Tensor]:
+        """The second half of a step, which leaves actors and world model alone. Metrics."""
         c = self.config
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
+        if self.critic_epochs is not None:
+            loss, norm, active = self.critic_epochs(rows, self._orders(rows.latents.shape[1]), lr, active)
+            self.diverged |= ~active
+            return {"critic_loss": loss, "critic_grad_norm": norm, "target": rows.targets.mean(1)}
         total = torch.zeros_like(lr)
-        for latents, target in self._minibatches(rollout.latents[:, :-1], targets):
+        for latents, target in self._minibatches(*rows):
             loss, norm = self._regress(latents, target[:, None], lr, active)
             total = total + loss
             active = active & (norm < torch.inf)  # false for NaN, and one operation where isfinite is four
@@ -268,7 +276,7 @@ class Extraction:
         return {
             "critic_loss": total / (c.critic_epochs * c.critic_minibatches),
             "critic_grad_norm": norm,
-            "target": targets.mean((0, 2)),
+            "target": rows.targets.mean(1),
         }
 
     def _regress(self, latents: Tensor, target: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,37 +309,42 @@ class Extraction:
             loss, _ = self._regress(self.imagination.encoder.forward(rows)[0], value[:, None], lr, active)
         return loss
 
-    def _minibatches(self, latents: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents [P, R, Z] and targets [P, R] of every critic step, from [P, H, B, Z] and [H, P, B].
+    def _minibatches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents [P, R, Z] and targets [P, R] of every critic step, from `CriticRows`.
 
-        Rows are time-major within a policy: fixed contiguous blocks, or a new order in each epoch.
+        Fixed contiguous blocks, or a new order in each epoch.
         """
         c = self.config
-        x = latents.flatten(1, 2)  # [P, H * B, Z]
-        y = targets.transpose(0, 1).flatten(1)  # [P, H * B]
         if not c.shuffle:
             blocks = list(zip(x.tensor_split(c.critic_minibatches, 1), y.tensor_split(c.critic_minibatches, 1)))
             yield from blocks * c.critic_epochs
             return
         policies, rows, _ = x.shape
-        orders = counter_noise.permutations(
-            self._seeds, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
-        )
-        orders = orders + torch.arange(policies, device=self._device)[:, None, None] * rows
+        orders = self._orders(rows) + torch.arange(policies, device=self._device)[:, None, None] * rows
         flat, place = x.reshape(policies * rows, -1), self._workspace.tensor("shuffled", x, *x.shape)
         for order in orders.unbind(1):
             torch.index_select(flat, 0, order.reshape(-1), out=place.view_as(flat))
             shuffled = y.reshape(-1)[order]
             yield from zip(place.tensor_split(c.critic_minibatches, 1), shuffled.tensor_split(c.critic_minibatches, 1))
 
+    def _orders(self, rows: int) -> Tensor:
+        """The order of a policy's rows in each of the critics' epochs: int64 [P, epochs, rows]."""
+        c = self.config
+        if not c.shuffle:
+            return torch.arange(rows, device=self._device).expand(self.policies_count, c.critic_epochs, -1)
+        return counter_noise.permutations(
+            self.seed_tensor, self.iteration, counter_noise.MINIBATCH_ORDER, c.critic_epochs, rows
+        )
+
     def policies(self, averaged: bool = False) -> list[Policy]:
-        """The policies as they are now, or averaged over their last steps; independent copies."""
+        """The policies as they are now, or averaged over their last steps; copies that share one encoder's weights."""
+        encoder = [
+            FrozenLayer(s.weight.clone(), s.bias.clone(), s.activation, _copy(s.ln_weight), _copy(s.ln_bias))
+            for s in self.imagination.encoder.layers
+        ]
         out, rows = [], self.average if averaged else self.actor.parameters.flat
         for i, task in enumerate(self.tasks):
-            layers = [
-                FrozenLayer(s.weight, s.bias[i if len(s.bias) > 1 else 0][None], s.activation, s.ln_weight, s.ln_bias)
-                for s in self._frozen.encoder
-            ]
+            layers = [replace(s, bias=s.bias[i if len(s.bias) > 1 else 0][None]) for s in encoder]
             actor = Actor([0], self.world_config.latent_dim, self.world_config.action_dim, self.config.actor_units,
                           self._dtype, self._device)  # fmt: skip
             actor.parameters.flat[0].copy_(rows[i])
@@ -347,7 +360,7 @@ class Extraction:
             "obs_dim": w.obs_dim,
             "action_dim": w.action_dim,
             "latent_dim": w.latent_dim,
-            "encoder_units": [s.weight.shape[0] for s in self._frozen.encoder[:-1]],
+            "encoder_units": [s.weight.shape[0] for s in self.imagination.encoder.layers[:-1]],
             "actor_units": list(self.config.actor_units),
             "simnorm_dim": w.simnorm_dim,
             "latent": w.latent,

@@ -23,13 +23,17 @@ from pwm_fast.data.collect import derived_seed, one_torch_thread
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate
+from pwm_fast.learning.captured import StepGraph
+from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.experience import Experience
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
+from pwm_fast.learning.step_inputs import StagedStates, StagedTrajectories, StartTable, start_rows
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
 GAUGE_STEPS = 200
+TABLE_BYTES = 4 * 10**9  # start states that take more stay on the host
 Timed = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -66,7 +70,7 @@ class ExtractionRounds:
     """The loop's state: world model, its optimiser, the policies, their practice and the best of them.
 
     `data` gives old windows, and start states where the model is frozen. Everything is a function of the seeds and the
-    number of rounds done.
+    number of rounds done. With `execution` steps run over static memory (`StepGraph`), to the same numbers.
     """
 
     def __init__(
@@ -78,8 +82,11 @@ class ExtractionRounds:
         config: RoundConfig,
         seed: int = 0,
         threads: int | None = None,
+        execution: ExecutionConfig | None = None,
     ):
         self.task = registry.get(task)
+        self.execution = execution
+        self._graph: StepGraph | None = None
         self.world_model, self.extraction, self.config = world_model, extraction, config
         self.seed, self.threads = seed, threads
         self.rounds_done = 0
@@ -136,8 +143,10 @@ class ExtractionRounds:
     ) -> dict[str, Any]:
         """The round's cycles, with at most `most` extraction steps; the mean of each metric (of the policies [P])."""
         totals: dict[str, Any] = {}
-        left, cycles = most or 10**9, 0
-        while cycles < self.config.cycles and left > 0:
+        left, cycles, config = most or 10**9, 0, self.config
+        if self.execution is not None and self.experience is None:  # nothing comes between a round's steps
+            config = replace(config, cycles=1, extraction_steps=config.cycles * config.extraction_steps)
+        while cycles < config.cycles and left > 0:
             metrics: dict[str, Any] = {}
             if self.experience is not None:
                 with timed("practice"):
@@ -145,7 +154,7 @@ class ExtractionRounds:
                 with timed("model learning"):
                     metrics |= self._learn_model()
             with timed("extraction"):
-                steps = min(self.config.extraction_steps, left)
+                steps = min(config.extraction_steps, left)
                 metrics |= self._extract(steps)
             totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
             left, cycles = left - steps, cycles + 1
@@ -156,7 +165,7 @@ class ExtractionRounds:
     def _practise(self, experience: Experience) -> None:
         c = self.config
         steps = c.practice_steps if experience.steps else max(c.warm_up_steps, self._longest)
-        experience.practise(self.extraction.policies(), steps)
+        experience.practise(self._policies_here(), steps)
 
     def _learn_model(self) -> dict[str, float]:
         """Model steps; the policies go on with the new model. The mean loss terms."""
@@ -166,6 +175,8 @@ class ExtractionRounds:
 
     def _extract(self, steps: int) -> dict[str, Tensor]:
         """Extraction steps; the mean of each metric [P] over them."""
+        if self.execution is not None:
+            return self._replay(steps)
         rows = []
         for _ in range(steps):
             step = int(self.extraction.iteration)
@@ -175,6 +186,29 @@ class ExtractionRounds:
                 rows.append(self.extraction.step(self._start_states(step)))
         return {k: torch.stack([row[k] for row in rows]).mean(0) for k in rows[0]}
 
+    def _replay(self, steps: int) -> dict[str, Tensor]:
+        """`_extract` over static memory."""
+        begun, learner, experience = int(self.extraction.iteration), self.extraction, self.experience
+        if self._graph is None:
+            self._graph = self._make_graph()
+        if isinstance(self._graph.inputs, StagedTrajectories):
+            assert experience is not None
+            rows = self._graph.run(steps, lambda i: self._trajectories(experience, begun + i))
+        elif isinstance(self._graph.inputs, StagedStates):
+            rows = self._graph.run(steps, lambda i: self._start_states(begun + i))
+        else:
+            rows = self._graph.run(steps)
+        return {name: value.mean(0).to(learner.iteration.device) for name, value in rows.items()}
+
+    def _make_graph(self) -> StepGraph:
+        learner, execution = self.extraction, self.execution
+        assert execution is not None
+        if self.experience is not None and self.config.grounded:
+            return StepGraph(learner, StagedTrajectories(learner), replace(execution, overlap=False))
+        if self.experience is not None or 4 * self._data.obs_dim * self._data.num_rows > TABLE_BYTES:
+            return StepGraph(learner, StagedStates(learner), execution)
+        return StepGraph(learner, StartTable(learner, start_rows(self._data)), execution)
+
     def look_at_reality(self) -> dict[str, np.ndarray]:
         """Real episodes of every policy with mean actions; returns [P] arrays, and updates the best policies.
 
@@ -182,7 +216,7 @@ class ExtractionRounds:
         the same episodes; far above 1 is the sign of an exploited model.
         """
         c = self.config
-        policies = self.extraction.policies(averaged=True)
+        policies = self._policies_here(averaged=True)
         explored = c.critic_episodes if self.cloned and self.rounds_done == 0 else 0
         episodes = real_episodes(
             self.task.name, policies, c.evaluation_episodes, explored, self.seed + 1, self.rounds_done, self.threads
@@ -192,7 +226,8 @@ class ExtractionRounds:
             judged = found[: c.evaluation_episodes]
             means.append(float(np.mean([e.reward.sum() for e in judged])))
             lengths.append(float(np.mean([len(e.reward) for e in judged])))
-            gauges.append(imagined_over_real(self.world_model, policy, judged, self._task_id(i)))
+            there = policy.to(self.world_model.obs_mean.device)
+            gauges.append(imagined_over_real(self.world_model, there, judged, self._task_id(i)))
             self._keep_best(i, means[-1], policy)
         if explored:
             self.fit_critics(episodes)
@@ -216,6 +251,11 @@ class ExtractionRounds:
             learner.actor_adam.restore(i, self._best_actor[i])
             learner.average[i] = self._best_actor[i]["value"]
             self.rollbacks[i] += 1
+
+    def _policies_here(self, averaged: bool = False) -> list[Policy]:
+        """The policies on the CPU, where the simulators are."""
+        policies = self.extraction.policies(averaged)
+        return [p.to("cpu") for p in policies] if self.extraction.iteration.is_cuda else policies
 
     def diverged(self) -> np.ndarray:
         """[P]: which policies were stopped because their numbers stopped being finite."""
@@ -260,7 +300,7 @@ class ExtractionRounds:
         parts = [self.experience.windows(step, new, self._model.config.horizon)] if new else []
         parts += [self._old.windows(step, batch - new)] if batch > new else []
         joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}
-        return Windows.of(joined, self.world_model.config.num_tasks > 0)
+        return Windows.of(joined, self.world_model.config.num_tasks > 0, self.world_model.obs_mean.device)
 
     # resume --------------------------------------------------------------------------------------------------------
 
@@ -333,9 +373,10 @@ def real_episodes(
 @torch.no_grad()
 def imagined_over_real(model: WorldModel, policy: Policy, episodes: list[Episode], task: Tensor | None) -> float:
     """Imagined over real reward of the first `GAUGE_STEPS` steps of some episodes, both with mean actions."""
-    obs = torch.as_tensor(np.stack([e.obs[0] for e in episodes]))
+    device = model.obs_mean.device
+    obs, task = torch.as_tensor(np.stack([e.obs[0] for e in episodes])).to(device), _at(task, device)
     steps = min(GAUGE_STEPS, max(len(e.reward) for e in episodes))
-    z, alive, imagined = model.encode(obs, task), torch.ones(len(obs)), 0.0
+    z, alive, imagined = model.encode(obs, task), torch.ones(len(obs), device=device), 0.0
     for _ in range(steps):
         action = policy.act_latent(z)
         imagined += float((alive * model.reward(z, action, task)).mean())
@@ -344,3 +385,7 @@ def imagined_over_real(model: WorldModel, policy: Policy, episodes: list[Episode
             alive = alive * torch.sigmoid(-model.termination_logit(z, task))
     real = float(np.mean([e.reward[:steps].sum() for e in episodes]))
     return imagined / real if abs(real) > 1e-6 else float("nan")
+
+
+def _at(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device)

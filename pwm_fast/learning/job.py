@@ -12,10 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pwm_fast.data.episodes import EpisodeStore
+import torch
+
+from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
+from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig, preset
 from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig, Timed
+from pwm_fast.learning.precision import check_precision
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
@@ -142,11 +146,15 @@ def make_job(
     seed: int = 0,
     threads: int | None = None,
     start: str = "cloned",
+    execution: ExecutionConfig | None = None,
 ) -> Job:
     """A job for one task and several seeds.
 
-    `start`: actors imitate the best of the data first ("cloned"), or are random ("scratch").
-    Raises ValueError where model, data and task do not fit each other, StoreError for data with NaN.
+    `start`: actors imitate the best of the data first ("cloned"), or are random ("scratch"). `execution`: how steps
+    run; by default on CUDA as a captured graph with all that is fast, elsewhere operation by operation. A precision
+    below fp32 must first pass its gradient check on this model and data.
+    Raises ValueError where model, data and task do not fit each other or a precision does not pass, StoreError for data
+    with NaN, RuntimeError for an execution that cannot run here.
     """
     row = registry.get(task)
     want = (row.obs_dim, row.action_dim)
@@ -167,8 +175,15 @@ def make_job(
         extraction = replace(extraction, **CLONED)
     if extraction.terminations and not world_model.has_termination:
         extraction = replace(extraction, terminations=False)
-    learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds))
-    return Job(ExtractionRounds(task, world_model, learner, data, rounds, seed, threads), budget, start)
+    if execution is None and world_model.obs_mean.is_cuda:
+        execution = ExecutionConfig()
+    precision = "fp32" if execution is None else execution.precision
+    if precision != "fp32":
+        obs = WindowSampler(data, 1, seed=seed).start_states(0, extraction.batch_size)[None]
+        check_precision(world_model, extraction, torch.from_numpy(obs).to(world_model.obs_mean), precision)
+    learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds), precision=precision)
+    made = ExtractionRounds(task, world_model, learner, data, rounds, seed, threads, execution)
+    return Job(made, budget, start)
 
 
 def extract_policies(
@@ -183,6 +198,7 @@ def extract_policies(
     config: ExtractionConfig | str = "fast",
     rounds: RoundConfig | None = None,
     start: str = "cloned",
+    execution: ExecutionConfig | None = None,
     report: Report = lambda row: None,
 ) -> dict[str, list[Policy]]:
     """Learn policies from a world model: for every task a list with the best policy of each seed.
@@ -200,8 +216,9 @@ def extract_policies(
     for task in tasks:
         model = WorldModel.load(world_model) if not isinstance(world_model, WorldModel) else world_model.copy()
         job = make_job(
-            task, model, store, chosen, budget, setting, each if finetune else replace(each, model_steps=0), start=start
-        )
+            task, model, store, chosen, budget, setting, each if finetune else replace(each, model_steps=0),
+            start=start, execution=execution,
+        )  # fmt: skip
         job.run(report)
         out[task] = job.rounds.best()
     return out

@@ -1,7 +1,8 @@
 """The world model's open-loop rollout as one differentiable function: z_{h+1} = F(z_h, c_h), c_h = [e, a_h].
 
 Plain autograd through H steps makes H small weight-gradient products per layer. Here the backward recurrence keeps the
-pre-activation gradients of all steps and forms each weight gradient by one product over H*B rows.
+pre-activation gradients of all steps and forms each weight gradient by one product over H*B rows. Under autocast the
+networks run in its type; latents, and what adds up over the steps, stay in the parameters'.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ class _LatentRollout(torch.autograd.Function):
     ) -> Tensor:
         horizon, batch = control.shape[:2]
         depth = len(parameters) // 4
+        own = parameters[0].dtype
+        low = torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else own
+        parameters = tuple(p if p is None else p.to(low) for p in parameters)
         layers = [parameters[4 * i : 4 * i + 4] for i in range(depth)]
-        inputs = [z.new_empty(horizon, batch, w.shape[1]) for w, *_ in layers]
-        linear = [z.new_empty(horizon, batch, w.shape[0]) for w, *_ in layers]
-        statistics = [z.new_empty(2, horizon, batch) for _ in layers]
-        out = z.new_empty(horizon + 1, batch, z.shape[1])
+        inputs = [z.new_empty(horizon, batch, w.shape[1], dtype=low) for w, *_ in layers]
+        linear = [z.new_empty(horizon, batch, w.shape[0], dtype=low) for w, *_ in layers]
+        statistics = [z.new_empty(0) for _ in layers]
+        out = z.new_empty(horizon + 1, batch, z.shape[1], dtype=own)
         out[0] = z
         inputs[0][..., z.shape[1] :] = control
         for h in range(horizon):
@@ -53,13 +57,15 @@ class _LatentRollout(torch.autograd.Function):
                 inputs[i][h, :, : x.shape[1]] = x
                 torch.addmm(bias, inputs[i][h], weight.T, out=linear[i][h])
                 if ln_weight is None:  # the residual step of normalised observations
-                    x = torch.addcmul(out[h] + step_mean, linear[i][h], step_std)
+                    x = torch.addcmul(out[h] + step_mean, linear[i][h].to(own), step_std)
                     continue
                 rows, ln = linear[i][h][None], (ln_weight[None], ln_bias[None])
                 if i + 1 < depth:
                     y, mean, rstd = layernorm_mish.forward(rows, *ln)
                 else:
                     y, mean, rstd = layernorm_simnorm.forward(rows, *ln, simnorm_dim)
+                if h == 0:  # in the kernel's precision
+                    statistics[i] = mean.new_empty(2, horizon, batch)
                 statistics[i][0, h], statistics[i][1, h] = mean[0], rstd[0]
                 x = y[0]
             out[h + 1] = x
@@ -77,17 +83,17 @@ class _LatentRollout(torch.autograd.Function):
         horizon, latent = len(out) - 1, out.shape[2]
         d_linear = [torch.empty_like(x) for x in linear]
         d_norm = [
-            [None if p is None else torch.zeros_like(p) for p in parameters[4 * i + 2 : 4 * i + 4]]
+            [None if p is None else torch.zeros_like(p, dtype=out.dtype) for p in parameters[4 * i + 2 : 4 * i + 4]]
             for i in range(depth)
         ]
         d_control = grad.new_empty(horizon, out.shape[1], inputs[0].shape[2] - latent)
         dz = grad[horizon]
         for h in reversed(range(horizon)):
-            dx = dz
+            dx = dz.to(inputs[0].dtype)
             for i in reversed(range(depth)):
                 weight, _, ln_weight, ln_bias = parameters[4 * i : 4 * i + 4]
                 if ln_weight is None:
-                    d_linear[i][h] = dx * step_std
+                    d_linear[i][h] = dz * step_std
                     dx = d_linear[i][h] @ weight
                     continue
                 rows, mean, rstd = linear[i][h][None], statistics[i][0, h][None], statistics[i][1, h][None]
@@ -95,7 +101,7 @@ class _LatentRollout(torch.autograd.Function):
                 if i + 1 < depth:
                     d, dw, db = layernorm_mish.backward(dx[None], rows, mean, rstd, *ln, True)
                 else:
-                    y = out[h + 1][None]
+                    y = out[h + 1][None].to(dx.dtype)
                     d, dw, db = layernorm_simnorm.backward(dx[None], y, rows, mean, rstd, *ln, True, ctx.simnorm_dim)
                 d_linear[i][h] = d[0]
                 d_norm[i][0] += dw[0]
@@ -107,4 +113,4 @@ class _LatentRollout(torch.autograd.Function):
         for i in range(depth):
             rows = d_linear[i].flatten(0, 1)
             gradients += [rows.T @ inputs[i].flatten(0, 1), rows.sum(0), *d_norm[i]]
-        return (dz, d_control, None, None, None, *gradients)
+        return (dz, d_control, None, None, None, *gradients)  # autograd gives each its input's type

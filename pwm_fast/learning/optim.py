@@ -9,7 +9,7 @@ from pwm_fast.kernels import clip_adam
 from pwm_fast.models.parameters import FlatParameters
 
 
-def linear_schedule(step: Tensor, start: float, end: float, total_steps: int) -> Tensor:
+def linear_schedule(step: Tensor, start: float, end: float, total_steps: int | Tensor) -> Tensor:
     """start + (end - start) * step / total_steps, then constant: a float64 tensor on the device of `step`."""
     return start + (end - start) * (step.to(torch.float64) / total_steps).clamp(max=1.0)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.kernels import two_hot
+from pwm_fast.learning.configuration import PRECISIONS
 from pwm_fast.learning.latent_rollout import latent_rollout
 from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.world_model import WorldModel
@@ -42,11 +43,14 @@ class PretrainingConfig:
     reward_coef: float = 0.1
     termination_coef: float = 0.1
     grad_clip: float = 20.0
+    precision: str = "fp32"  # "tf32": products on CUDA; "bf16": autocast, with float32 parameters and moments
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 # One step at a time, with many different ones in a batch, teaches residual dynamics fastest: after four minutes each on
@@ -126,8 +130,8 @@ def loss_terms(model: WorldModel, windows: Windows, config: PretrainingConfig) -
     if model.config.residual:  # in units of a step's change; contacts are outliers that no gradient should follow
         error = (error / model.step_std).clamp(-LARGEST_ERROR, LARGEST_ERROR)
     consistency = (weight * error.square().mean(2)).sum()
-    output = model.reward_logits(z[:-1], windows.action, windows.task)  # [H, B, bins]
     goal = model.reward_target(windows.reward)
+    output = model.reward_logits(z[:-1], windows.action, windows.task).to(goal.dtype)  # [H, B, bins]
     if model.config.num_bins == 1:
         error = (output.squeeze(-1) - goal).square()
     else:
@@ -136,7 +140,7 @@ def loss_terms(model: WorldModel, windows: Windows, config: PretrainingConfig) -
     terms = {"consistency": consistency, "reward": reward}
     total = config.consistency_coef * consistency + config.reward_coef * reward
     if model.has_termination:
-        logit = model.termination_logit(z[1:], windows.task)
+        logit = model.termination_logit(z[1:], windows.task).to(goal.dtype)
         ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none")
         terms["termination"] = (weight * ended).sum()
         total = total + config.termination_coef * terms["termination"]
@@ -172,10 +176,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
-        with fast_matmul(torch.float32, self.model.obs_mean.device):
-            terms = loss_terms(self.model, self.batch(self.step_count), self.config)
-            terms["total"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
+        terms, norm = self.gradients(self.batch(self.step_count))
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"world-model gradient is {norm.item()} at step {self.step_count}: check the data for outliers, "
@@ -185,6 +186,16 @@ class Pretraining:
         self.step_count += 1
         return {**{k: v.item() for k, v in terms.items()}, "grad_norm": norm.item()}
 
+    def gradients(self, windows: Windows) -> tuple[dict[str, Tensor], Tensor]:
+        """Clipped gradients of the loss in the parameters; its terms, and the norm before clipping."""
+        device = self.model.obs_mean.device
+        with fast_matmul(torch.float32, device, tf32=self.config.precision != "fp32"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                terms = loss_terms(self.model, windows, self.config)
+            terms["total"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
+        return {name: value.detach() for name, value in terms.items()}, norm.detach()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
@@ -193,10 +204,20 @@ class Pretraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, in place where there are tensors already: a captured step goes on with them."""
         self.model.load_state_dict(state["model"])
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(k): v for k, v in state["optimizer"].items()}
-        self.optimizer.load_state_dict(optimizer)
+        saved = {int(k): v for k, v in state["optimizer"].items()}
+        for i, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            mine = self.optimizer.state[parameter]
+            for name, value in saved.get(i, {}).items():
+                if name in mine:
+                    mine[name].copy_(value)
+                else:
+                    kind = torch.float32 if name == "step" else parameter.dtype
+                    mine[name] = value.detach().clone().to(parameter.device, kind)
+            if i not in saved:
+                for value in mine.values():
+                    value.zero_()
         self.step_count = int(state["step"])
 
 
@@ -207,10 +228,11 @@ def store_batches(
     seed: int,
     with_task: bool,
     partial: bool = True,
+    device: str | torch.device = "cpu",
 ) -> Callable[[int], Windows]:
     """Windows that start anywhere in some episodes of a store, a pure function of (seed, step)."""
     sampler = WindowSampler(store, config.horizon, episodes=episodes, seed=seed, partial=partial)
-    return lambda step: Windows.of(sampler.windows(step, config.batch_size), with_task)
+    return lambda step: Windows.of(sampler.windows(step, config.batch_size), with_task, device)
 
 
 @torch.no_grad()
@@ -281,11 +303,13 @@ class StoreTraining:
         training, held_out = store.split(validation_fraction, seed)
         fit_normalisation(model, self.statistics)
         with_task = model.config.num_tasks > 0
-        self.pretraining = Pretraining(model, config, store_batches(store, training, config, seed, with_task))
+        device = model.obs_mean.device
+        batches = store_batches(store, training, config, seed, with_task, device=device)
+        self.pretraining = Pretraining(model, config, batches)
         looking = replace(config, horizon=validation_horizon, batch_size=VALIDATION_BATCH)
-        whole = store_batches(store, held_out, looking, seed + 1, with_task, partial=False)
-        anywhere = store_batches(store, held_out, looking, seed + 1, with_task)
-        fit_steps(model, Windows.of(WindowSampler(store, 1, training, seed).windows(0, 65_536), with_task))
+        whole = store_batches(store, held_out, looking, seed + 1, with_task, partial=False, device=device)
+        anywhere = store_batches(store, held_out, looking, seed + 1, with_task, device=device)
+        fit_steps(model, Windows.of(WindowSampler(store, 1, training, seed).windows(0, 65_536), with_task, device))
         self._validation = [whole(i) for i in range(validation_batches)]
         self._endings = [anywhere(i) for i in range(validation_batches)]
 

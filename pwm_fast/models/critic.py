@@ -11,7 +11,7 @@ from pwm_fast.models.population_mlp import Activations, PopulationMLP
 from pwm_fast.models.workspace import Workspace
 
 UNITS = (400, 200)
-VALUE_ROWS = 256  # of a policy in one pass: activations stay in the second-level cache
+VALUE_ROWS = 256  # of a policy in one pass on the CPU: activations stay in the second-level cache
 
 
 class Critic:
@@ -47,8 +47,9 @@ class Critic:
         return v.view(self.policies, self.num_critics, -1), saved
 
     def values(self, z: Tensor, workspace: Workspace) -> Tensor:
-        """Values [P, K, R] of latents [P, R, Z] that need no gradient, a few hundred rows at a time."""
-        return torch.cat([self.forward(rows, workspace)[0].clone() for rows in z.split(VALUE_ROWS, 1)], 2)
+        """Values [P, K, R] of latents [P, R, Z] that need no gradient, on the CPU a few hundred rows at a time."""
+        rows_at_once = VALUE_ROWS if z.is_cpu else z.shape[1]
+        return torch.cat([self.forward(rows, workspace)[0].clone() for rows in z.split(rows_at_once, 1)], 2)
 
     def backward(self, dv: Tensor, saved: Activations, workspace: Workspace | None = None) -> None:
         """Overwrite the parameters' gradients. dv [P, K, R]."""

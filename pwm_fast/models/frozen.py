@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, linear
@@ -32,46 +33,68 @@ class FrozenNetwork:
     """A stack of `FrozenLayer`s over rows [..., P, B, in]; biases may differ per policy (folded task embeddings).
 
     With `packed` the weights are kept a second and third time, W and its transpose as the product's kernel reads them
-    (where there is one): for networks that run many times.
+    (where there is one): for networks that run many times. `dtype` is what weights and activations are kept and
+    multiplied in (default: the weights' own); inputs and outputs keep theirs.
     """
 
-    def __init__(self, layers: Sequence[FrozenLayer], simnorm_dim: int = 8, packed: bool = False):
-        self.layers, self.simnorm_dim = list(layers), simnorm_dim
-        self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
-            (pack(s.weight), pack(s.weight.T)) if packed else (None, None) for s in self.layers
-        ]
+    def __init__(
+        self,
+        layers: Sequence[FrozenLayer],
+        simnorm_dim: int = 8,
+        packed: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        self.layers, self.simnorm_dim, self._packs = [_cast(s, dtype) for s in layers], simnorm_dim, packed
+        self.dtype = self.layers[0].weight.dtype
+        self._pack()
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
+
+    def _pack(self) -> None:
+        self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
+            (pack(s.weight), pack(s.weight.T)) if self._packs else (None, None) for s in self.layers
+        ]
+
+    def load(self, layers: Sequence[FrozenLayer]) -> None:
+        """Overwrite the weights with those of `layers` of the same shapes, where they lie."""
+        for mine, other in zip(self.layers, layers, strict=True):
+            for name in ("weight", "bias", "ln_weight", "ln_bias"):
+                if getattr(mine, name) is not None:
+                    getattr(mine, name).copy_(getattr(other, name))
+        self._pack()
 
     def forward(self, x: Tensor, workspace: Workspace | None = None) -> tuple[Tensor, list[Saved]]:
         """Outputs [..., P, B, out] and what `input_gradient` needs (all of it in `workspace`, if given)."""
         w = workspace or Workspace()
-        lead, batch = x.shape[:-1], x.shape[-2]
-        x = x.reshape(-1, x.shape[-1])
-        rows, saved = x.shape[0], []
+        lead, batch, outside = x.shape[:-1], x.shape[-2], x.dtype
+        x = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        rows, saved, whole = x.shape[0], [], self.dtype is not torch.bfloat16  # statistics have the kernel's precision
         for i, (layer, norm, (packed, _)) in enumerate(zip(self.layers, self._norms, self._packed)):
             pre = w.tensor(f"{i}.pre", x, 1, rows, layer.weight.shape[0])
             _linear(x, layer, packed, batch, pre[0])
             if norm is None:
                 x = pre[0]
                 continue
-            place = (
+            place: tuple[Tensor | None, ...] = (
                 w.tensor(f"{i}.y", pre, *pre.shape),
-                *(w.tensor(f"{i}.{s}", pre, 1, rows) for s in ("mean", "rstd")),
+                *(w.tensor(f"{i}.{s}", pre, 1, rows) if whole else None for s in ("mean", "rstd")),
             )
             if layer.activation == "simnorm":
-                y, mean, rstd = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
-                saved.append(Saved(pre, mean, rstd, y))
+                y, *statistics = layernorm_simnorm.forward(pre, *norm, self.simnorm_dim, EPS, out=place)
             else:
-                y, mean, rstd = layernorm_mish.forward(pre, *norm, EPS, out=place)
-                saved.append(Saved(pre, mean, rstd, None))
+                y, *statistics = layernorm_mish.forward(pre, *norm, EPS, out=place)
+            if not whole:
+                statistics = [w.tensor(f"{i}.{n}", s, 1, rows).copy_(s) for n, s in zip(("mean", "rstd"), statistics)]
+            saved.append(Saved(pre, *statistics, y if layer.activation == "simnorm" else None))
             x = y[0]
+        if outside is not self.dtype:
+            x = w.tensor("result", x.new_empty(0, dtype=outside), *x.shape).copy_(x)
         return x.view(*lead, -1), saved
 
     def input_gradient(self, dy: Tensor, saved: list[Saved], workspace: Workspace | None = None) -> Tensor:
         """Gradient [..., P, B, in] of sum(dy * y), in `workspace` if given. dy [..., P, B, out]."""
         w = workspace or Workspace()
-        lead = dy.shape[:-1]
-        dy = dy.reshape(-1, dy.shape[-1])
+        lead, outside = dy.shape[:-1], dy.dtype
+        dy = dy.reshape(-1, dy.shape[-1]).to(self.dtype)
         saved = [*saved, *[None] * (len(self.layers) - len(saved))]
         for i in reversed(range(len(self.layers))):
             layer, norm, s, packed = self.layers[i], self._norms[i], saved[i], self._packed[i][1]
@@ -89,7 +112,15 @@ class FrozenNetwork:
                 dy = packed.product(dy, out=dx)
             else:
                 dy = linear.input_grad(dy[None], layer.weight[None], out=dx[None])[0]
-        return dy.view(*lead, -1)
+        return dy.to(outside).view(*lead, -1)
+
+
+def _cast(layer: FrozenLayer, dtype: torch.dtype | None) -> FrozenLayer:
+    """The layer with its tensors in `dtype`; itself where there is nothing to convert."""
+    if dtype is None or layer.weight.dtype is dtype:
+        return layer
+    ln = (None if x is None else x.to(dtype) for x in (layer.ln_weight, layer.ln_bias))
+    return FrozenLayer(layer.weight.to(dtype), layer.bias.to(dtype), layer.activation, *ln)
 
 
 def _linear(x: Tensor, layer: FrozenLayer, packed: PackedWeight | None, batch: int, out: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""torch's float32 matrix products on the CPU through oneDNN, inside a `with` block only.
+"""How torch multiplies float32 matrices, inside a `with` block only: on CUDA in float32 or TF32, on the CPU by oneDNN.
 
-They matter where our own (kernels/gemm.py) cannot run. torch gives them to MKL, which runs at the AVX2 rate on AMD;
-`kernels/linear.py` holds the switch to oneDNN and its numeric gate.
+oneDNN matters where our own products (kernels/gemm.py) cannot run. torch gives them to MKL, which runs at the AVX2 rate
+on AMD; `kernels/linear.py` holds the switch to oneDNN and its numeric gate.
 The gate is tried once per process, the switch is thrown once per extraction step and put back, so code around an
 extraction keeps the setting it chose.
 """
@@ -24,14 +24,32 @@ def _passes_gate() -> bool:
 
 
 @contextmanager
-def fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on the CPU take the fastest library that keeps float32 accuracy."""
+def fast_matmul(dtype: torch.dtype, device: torch.device, tf32: bool = False) -> Iterator[None]:
+    """Inside, float32 products on the CPU take the fastest library that keeps float32 accuracy.
+
+    On CUDA they are float32, or with `tf32` run on tensor cores with 10 bits of mantissa.
+    """
+    if device.type == "cuda":
+        with _tensor_cores(tf32):
+            yield
+        return
     if dtype is not torch.float32 or device.type != "cpu" or not _passes_gate():
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@contextmanager
+def _tensor_cores(tf32: bool) -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         yield
     finally:

@@ -73,11 +73,14 @@ class Actor:
         """Deterministic actions tanh(mu(z)) [P, R, A] in latents [P, R, Z]."""
         return torch.tanh(self.mlp.forward(z)[0])
 
-    def forward(self, z: Tensor, noise: Tensor) -> ActionSample:
-        """Actions in latents [P, R, Z] with standard normal noise [P, R, A]."""
-        mu, activations = self.mlp.forward(z)
+    def forward(self, z: Tensor, noise: Tensor, workspace: Workspace | None = None) -> ActionSample:
+        """Actions in latents [P, R, Z] with standard normal noise [P, R, A] (all of it in `workspace`, if given)."""
+        w = workspace or Workspace()
+        mu, activations = self.mlp.forward(z, w)
         std = self.parameters["log_std"].exp()[:, None]
-        return ActionSample(torch.tanh(torch.addcmul(mu, std, noise)), activations)
+        return ActionSample(
+            torch.tanh(torch.addcmul(mu, std, noise), out=w.tensor("action", mu, *mu.shape)), activations
+        )
 
     def explain(self, z: Tensor, action: Tensor) -> tuple[ActionSample, Tensor]:
         """The sample that gives `action` [P, R, A] in latents z [P, R, Z], and its noise [P, R, A]."""

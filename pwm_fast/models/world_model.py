@@ -106,7 +106,9 @@ class NormedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        rows, weight, bias = y.reshape(1, -1, y.shape[-1]), self.ln.weight[None], self.ln.bias[None]
+        # under autocast y is bfloat16: one type goes into a kernel
+        rows = y.reshape(1, -1, y.shape[-1])
+        weight, bias = self.ln.weight.to(y.dtype)[None], self.ln.bias.to(y.dtype)[None]
         if self.simnorm_dim:
             return layernorm_simnorm.apply(rows, weight, bias, self.simnorm_dim).view_as(y)
         return layernorm_mish.apply(rows, weight, bias).view_as(y)

@@ -40,7 +40,7 @@ class NaiveWorldModel:
 
     def __init__(self, model: WorldModel, task: int | None):
         self.model, self.config = model, model.config
-        self.task = None if task is None else torch.tensor(task)
+        self.task = None if task is None else torch.tensor(task, device=model.obs_mean.device)
 
     def _input(self, first: Tensor, *rest: Tensor) -> Tensor:
         if self.task is None:
@@ -71,7 +71,7 @@ class NaiveWorldModel:
         if c.num_bins == 1:
             x = x.squeeze(-1)
         else:
-            x = (x.softmax(-1) * torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=x.dtype)).sum(-1)
+            x = (x.softmax(-1) * torch.linspace(c.vmin, c.vmax, c.num_bins, dtype=x.dtype, device=x.device)).sum(-1)
         return self.model.reward_scale * (x.sign() * torch.expm1(x.abs()) if c.reward_symlog else x)
 
     def continues(self, z: Tensor) -> Tensor:
@@ -86,10 +86,10 @@ class NaiveExtraction:
         c, w, p = self.config, world_model.config, index
         self.task = None if extraction.task_ids is None else int(extraction.task_ids[p])
         self.world = NaiveWorldModel(copy.deepcopy(world_model).requires_grad_(True), self.task)
-        dtype = next(world_model.parameters()).dtype
-        self.actor = mlp([w.latent_dim, *c.actor_units, w.action_dim]).to(dtype)
+        like = next(world_model.parameters())
+        self.actor = mlp([w.latent_dim, *c.actor_units, w.action_dim]).to(like)
         self.log_std = nn.Parameter(extraction.actor.parameters["log_std"][p].clone())
-        critics = [mlp([w.latent_dim, *c.critic_units, 1]).to(dtype) for _ in range(c.num_critics)]
+        critics = [mlp([w.latent_dim, *c.critic_units, 1]).to(like) for _ in range(c.num_critics)]
         with torch.no_grad():
             for name, value in named(self.actor).items():
                 value.copy_(extraction.actor.parameters[name][p])
@@ -172,7 +172,7 @@ class NaiveExtraction:
         self.actor_adam.step()
 
         x, y = torch.cat(self.latents[:-1]), self.targets().flatten()
-        rows, losses = torch.arange(len(x)), []
+        rows, losses = torch.arange(len(x), device=x.device), []
         for epoch in range(c.critic_epochs):
             order = rows if orders is None else orders[epoch]
             for index in order.tensor_split(c.critic_minibatches):
