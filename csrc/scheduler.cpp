@@ -15,15 +15,13 @@ namespace pwm_fast {
 
 namespace {
 
-// Large enough that claiming a piece costs nothing beside filling it, small enough that threads share one batch.
-constexpr int64_t kPieceBytes = 1 << 18;
-
 // Rows are drawn and their memory is asked for this many windows before they are copied: a random row of a large store
 // is in no cache, and the time it takes to come is that of several copies.
 constexpr int64_t kAhead = 16;
 
-int64_t windows_per_piece(const Columns& columns, int64_t horizon) {
-    return std::max<int64_t>(1, kPieceBytes / ((horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4));
+int64_t windows_per_piece(const Columns& columns, const BatchShape& shape) {
+    const int64_t bytes = (shape.horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4;
+    return std::max<int64_t>(1, shape.piece_bytes / bytes);
 }
 
 void require(bool condition, const std::string& message) {
@@ -40,7 +38,7 @@ void require_ring(const std::vector<SlotMemory>& ring, int threads) {
 RolloutScheduler::RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads)
     : source_(std::move(source)),
       shape_(shape),
-      piece_windows_(windows_per_piece(source_.columns, shape.horizon)),
+      piece_windows_(windows_per_piece(source_.columns, shape)),
       consumed_(shape.capacity),
       planned_(shape.capacity) {
     require(shape.capacity >= 1, "capacity must be >= 1, got " + std::to_string(shape.capacity));

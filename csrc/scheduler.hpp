@@ -32,6 +32,8 @@ struct BatchShape {
     int64_t batch = 1;     // windows of each
     int64_t horizon = 0;   // 0: start states, of which only `obs` is written
     bool partial = false;  // windows may run over their episode's end; `valid` then says how far they count
+    // What a worker takes at a time: claiming it must cost nothing beside filling it, and threads must share a batch.
+    int64_t piece_bytes = 1 << 18;
 };
 
 // One slot of the ring. Policy p's part of a column follows that of p - 1: obs [P, H+1, B, S], action [P, H, B, A], ...

@@ -35,12 +35,6 @@ class PrefetchingSampler(WindowSampler):
         self._windows_ahead = _Ahead(self, episodes, horizon, partial, prefetch)
         self._starts_ahead = _Ahead(self, episodes, None, False, prefetch)
 
-    def with_seed(self, seed: int) -> WindowSampler:
-        """A plain `WindowSampler` with another seed: the workers of this one draw for its own."""
-        other = super().with_seed(seed)
-        other.__class__ = WindowSampler
-        return other
-
     def windows(self, step: int, batch: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """As `WindowSampler.windows`."""
         ahead = self._windows_ahead.take(step, batch) if out is None and self._native is not None else None

@@ -4,7 +4,6 @@ A batch is a function of (seed, step) alone: the random numbers are counter-base
 the numpy one and any number of threads give the same bits. The C++ sampler works without Python's lock.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +87,8 @@ class WindowSampler:
     def with_seed(self, seed: int) -> "WindowSampler":
         """A sampler of the same windows that draws another policy's; raises ValueError for a seed out of range."""
         _check_seed(seed)
-        other = copy.copy(self)
+        other = WindowSampler.__new__(WindowSampler)
+        other.__dict__.update(self.__dict__)
         other.seed = int(seed)
         return other
 

@@ -194,7 +194,8 @@ class RolloutScheduler:
 
     def policies(self) -> list[Admitted]:
         """The policies that have steps left, in the order of their admission; those past `capacity` wait."""
-        return [Admitted(*p[:3], None if p[3] == _NO_END else p[3]) for p in self._engine.policies()]
+        every = self._engine.policies()
+        return [Admitted(p, seed, step, None if end == _NO_END else end) for p, seed, step, end in every]
 
     def admit(
         self,
