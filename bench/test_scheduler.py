@@ -88,7 +88,8 @@ class Case:
         count = self.scheduler.capacity
         first = np.stack([draw.rows(p, stream, step, self.batch, backend.native) for p in range(count)])
         index = first[:, None] + np.arange((self.horizon or 0) + 1)[:, None]
-        parts = {name: np.ascontiguousarray(index[:, : self.horizon] if name != "obs" else index) for name in self.columns}
+        every, before = np.ascontiguousarray(index), np.ascontiguousarray(index[:, : self.horizon])
+        parts = {name: every if name == "obs" else before for name in self.columns}
         return {"numpy": parts, "torch": {name: torch.from_numpy(part) for name, part in parts.items()}, "first": first}
 
     def numpy(self, step: int) -> dict[str, np.ndarray]:
@@ -128,15 +129,15 @@ def copying(case: Case) -> Callable[[int], None]:
     return copy
 
 
-def fastest(calls: dict[str, Callable[[int], Any]], clock: Callable[[], float], rounds: int = 7) -> dict[str, float]:
-    """Seconds of one call of each, in turn; rounds of at least 20 ms."""
+def fastest(calls: dict[str, Callable[[int], Any]], clock: Callable[[], float], rounds: int = 30) -> dict[str, float]:
+    """Seconds of one call of each, in turn. Rounds of 3 ms: in longer ones others have used the caches."""
     step, repeats = 0, {}
     for name, call in calls.items():
         call(0)
         start = clock()
         for i in range(8):
             call(i)
-        repeats[name] = max(8, int(20e-3 / max((clock() - start) / 8, 1e-7)))
+        repeats[name] = max(2, int(3e-3 / max((clock() - start) / 8, 1e-7)))
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():

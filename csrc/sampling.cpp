@@ -119,8 +119,8 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * (H + 1) * (S + A) * 4, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b)
-            if (!pwm_fast::gather_window(from, first[b], H, b, B, to)) lower_to(bad_row, first[b]);
+        if (!pwm_fast::gather_windows(from, first + begin, end - begin, H, begin, B, to))
+            lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, H));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();
 }
@@ -130,8 +130,11 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     require(obs.ndim() == 2 && rows.ndim() == 1, "obs must be [N, S] and rows [B]");
     const int64_t num_rows = obs.shape(0), S = obs.shape(1), B = rows.size();
     checked(out, {B, S}, "out");
-    const float* in = obs.data();
-    float* to = out.mutable_data();
+    pwm_fast::Columns from;
+    from.obs = obs.data();
+    from.obs_dim = S;
+    pwm_fast::WindowBatch to;
+    to.obs = out.mutable_data();
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows; }),
             "a row lies outside the store");
@@ -139,8 +142,8 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * S * 4, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b)
-            if (pwm_fast::copy_checked(to + b * S, in + first[b] * S, S) >> 31) lower_to(bad_row, first[b]);
+        if (!pwm_fast::gather_windows(from, first + begin, end - begin, 0, begin, B, to))
+            lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, 0));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();
 }

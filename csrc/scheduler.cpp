@@ -5,19 +5,11 @@
 #include <stdexcept>
 #include <utility>
 
-#if defined(__GNUC__)
-#define PWM_FAST_PREFETCH(address) __builtin_prefetch(address)
-#else
-#define PWM_FAST_PREFETCH(address) static_cast<void>(address)
-#endif
-
 namespace pwm_fast {
 
 namespace {
 
-// Rows are drawn and their memory is asked for this many windows before they are copied: a random row of a large store
-// is in no cache, and the time it takes to come is that of several copies.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kDrawn = 64;  // windows that are drawn, then gathered
 
 int64_t windows_per_piece(const Columns& columns, const BatchShape& shape) {
     const int64_t bytes = (shape.horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4;
@@ -141,7 +133,7 @@ void RolloutScheduler::assign(Slot& slot, std::vector<Policy> rows) {
 
 void RolloutScheduler::restart(Slot& slot) {
     slot.next = slot.done = 0;
-    slot.fault = Fault{};
+    slot.found = Found{};
 }
 
 Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
@@ -161,9 +153,9 @@ Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
     } else if (complete()) {
         const int64_t index = pending_.front();
         Slot& slot = slots_[index];
-        if (slot.fault) {
+        if (slot.found.fault) {
             result.answer = Answer::kFault;
-            result.fault = slot.fault;
+            result.fault = slot.found.fault;
             restart(slot);
             work_.notify_all();
         } else {
@@ -289,12 +281,7 @@ void RolloutScheduler::work() {
             found.fault.reason = error.what();
         }
         lock.lock();
-        // The same fault is told whichever piece was first: that of the first row of the batch, there the smallest.
-        if (found.fault && (!slot->fault || std::make_pair(found.policy, found.fault.row) <
-                                                std::make_pair(slot->bad_policy, slot->fault.row))) {
-            slot->fault = std::move(found.fault);
-            slot->bad_policy = found.policy;
-        }
+        if (found.fault && found.before(slot->found)) slot->found = std::move(found);
         if (++slot->done == slot->pieces) ready_.notify_all();
         if (--working_ == 0 && paused_) idle_.notify_all();
     }
@@ -307,57 +294,50 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
     const Columns& from = source_.columns;
     const int64_t B = shape_.batch, H = shape_.horizon, last = from.rows - H - 1;
     const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
-    const int64_t begin = piece * piece_windows_;
-    const int64_t end = std::min(begin + piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
-    std::array<DrawnRow, kAhead> drawn;
-    for (int64_t group = begin; group < end; group += kAhead) {
-        const int64_t stop = std::min(group + kAhead, end);
-        for (int64_t i = group; i < stop; ++i) {
-            const Policy& policy = slot.rows[i / B];
+    const int64_t end =
+        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
+    std::array<int64_t, kDrawn> rows;
+    for (int64_t begin = piece * piece_windows_, stop; begin < end; begin = stop) {
+        const int64_t p = begin / B, b = begin % B;
+        stop = std::min({begin + kDrawn, (p + 1) * B, end});
+        const Policy& policy = slot.rows[p];
+        const Draw& draw = *policy.draw;
+        for (int64_t i = 0; i < stop - begin; ++i) {
             const uint64_t bits = random_bits(policy.seed, stream, static_cast<uint64_t>(policy.step),
-                                              static_cast<uint32_t>(i % B));
-            const Draw& draw = *policy.draw;
-            const DrawnRow& row = drawn[i - group] = drawn_row(bits, draw.offsets.data(), draw.first_row.data(),
-                                                               static_cast<int64_t>(draw.first_row.size()));
-            PWM_FAST_PREFETCH(from.obs + row.row * from.obs_dim);
-            PWM_FAST_PREFETCH(from.obs + row.row * from.obs_dim + 16);
-            if (H == 0) continue;
-            PWM_FAST_PREFETCH(from.action + row.row * from.action_dim);
-            PWM_FAST_PREFETCH(from.reward + row.row);
-            PWM_FAST_PREFETCH(from.terminated + row.row);
-            PWM_FAST_PREFETCH(from.task + row.row);
+                                              static_cast<uint32_t>(b + i));
+            const DrawnRow drawn = drawn_row(bits, draw.offsets.data(), draw.first_row.data(),
+                                             static_cast<int64_t>(draw.first_row.size()));
+            rows[i] = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, draw, drawn, rows[i]);
         }
-        for (int64_t i = group; i < stop; ++i) {
-            const DrawnRow& row = drawn[i - group];
-            const int64_t first = std::min(row.row, last);  // a partial window must not run over the store's end
-            if (gather(slot, i / B, i % B, row, first)) continue;
-            if (found.fault && (found.policy < i / B || found.fault.row < first)) continue;
-            found = {i / B, {first, {}}};
-        }
+        if (gather_windows(from, rows.data(), stop - begin, H, b, B, part_of(slot, p))) continue;
+        Found here{p, {first_not_finite(from, rows.data(), stop - begin, H), {}}};
+        if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
+        if (here.before(found)) found = std::move(here);
     }
     return found;
 }
 
-// Window b of one policy, from `row` on; false if it holds a value that is not finite.
-bool RolloutScheduler::gather(const Slot& slot, int64_t policy, int64_t b, const DrawnRow& drawn, int64_t row) const {
-    const int64_t B = shape_.batch, H = shape_.horizon, transitions = policy * H * B;
-    const Columns& from = source_.columns;
-    WindowBatch to = slot.memory.columns;
-    to.obs += policy * (H + 1) * B * from.obs_dim;
+WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {
+    const int64_t B = shape_.batch, H = shape_.horizon;
+    WindowBatch part = slot.memory.columns;
+    part.obs += policy * (H + 1) * B * source_.columns.obs_dim;
     if (H > 0) {
-        to.action += transitions * from.action_dim;
-        to.reward += transitions;
-        to.terminated += transitions;
-        to.task += policy * B;
+        part.action += policy * H * B * source_.columns.action_dim;
+        part.reward += policy * H * B;
+        part.terminated += policy * H * B;
+        part.task += policy * B;
     }
-    if (shape_.partial) {
-        const Draw& draw = *slot.rows[policy].draw;
-        int64_t last = draw.first_row[drawn.episode] + draw.offsets[drawn.episode + 1] - draw.offsets[drawn.episode];
-        if (row != drawn.row)
-            last = *std::upper_bound(source_.episode_start, source_.episode_start + source_.episodes, row) - 1;
-        for (int64_t h = 0; h < H; ++h) slot.memory.valid[transitions + h * B + b] = h < last - row;
-    }
-    return gather_window(from, row, H, b, B, to);
+    return part;
+}
+
+// valid [H, B] of one window: its transitions before the episode's last row.
+void RolloutScheduler::mark_valid(uint8_t* valid, const Draw& draw, const DrawnRow& drawn, int64_t row) const {
+    const int64_t e = drawn.episode;
+    int64_t last = draw.first_row[e] + draw.offsets[e + 1] - draw.offsets[e];
+    if (row != drawn.row)
+        last = *std::upper_bound(source_.episode_start, source_.episode_start + source_.episodes, row) - 1;
+    for (int64_t h = 0; h < shape_.horizon; ++h) valid[h * shape_.batch] = h < last - row;
 }
 
 }  // namespace pwm_fast

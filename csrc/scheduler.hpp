@@ -90,23 +90,29 @@ public:
     std::chrono::nanoseconds waited();  // how long acquire() has waited in all
 
 private:
+    struct Found {
+        int64_t policy = 0;  // row of the batch
+        Fault fault;
+
+        // Whichever piece came first, the fault that is told is that of the first policy, there of the smallest row.
+        bool before(const Found& other) const {
+            return !other.fault ||
+                   std::make_pair(policy, fault.row) < std::make_pair(other.policy, other.fault.row);
+        }
+    };
     struct Slot {
         SlotMemory memory;
         std::vector<Policy> rows;
         int64_t pieces = 0, next = 0, done = 0;
-        int64_t bad_policy = 0;  // row of the batch that `fault` is about
-        Fault fault;
+        Found found;
         bool held = false;
-    };
-    struct Found {
-        int64_t policy = 0;
-        Fault fault;
     };
 
     void work();
     Slot* unclaimed();
     Found fill(const Slot& slot, int64_t piece) const;
-    bool gather(const Slot& slot, int64_t policy, int64_t b, const DrawnRow& drawn, int64_t row) const;
+    WindowBatch part_of(const Slot& slot, int64_t policy) const;
+    void mark_valid(uint8_t* valid, const Draw& draw, const DrawnRow& drawn, int64_t row) const;
     void check(const Policy& policy) const;
     void change(const std::function<void(Roster&)>& edit);
     void plan();
