@@ -174,7 +174,8 @@ private:
             at.columns.reward = memory_of<float>(ring, "reward", {R, P, H, B}, true);
             at.columns.terminated = memory_of<uint8_t>(ring, "terminated", {R, P, H, B}, true);
             at.columns.task = memory_of<int32_t>(ring, "task", {R, P, B}, true);
-            if (shape_.partial) at.valid = reinterpret_cast<uint8_t*>(memory_of<bool>(ring, "valid", {R, P, H, B}, true));
+            if (shape_.partial)
+                at.valid = reinterpret_cast<uint8_t*>(memory_of<bool>(ring, "valid", {R, P, H, B}, true));
         }
         std::vector<pwm_fast::SlotMemory> result;
         for (int64_t r = 0; r < R; ++r) {

@@ -28,7 +28,7 @@ public:
 
     StoreFiles() = default;
 
-    // Throws std::runtime_error if a file cannot be opened.
+    // Throws std::invalid_argument if a file cannot be opened.
     explicit StoreFiles(std::vector<File> files) : files_(std::move(files)) {
 #if !defined(_WIN32)
         for (const File& file : files_) {
@@ -36,7 +36,7 @@ public:
             if (descriptor < 0) {
                 const std::string reason = file.path + " cannot be read: " + std::strerror(errno);
                 close();
-                throw std::runtime_error(reason);
+                throw std::invalid_argument(reason);
             }
             descriptors_.push_back(descriptor);
         }

@@ -52,10 +52,8 @@ class PlainScheduler:
         for path, size in self._files:
             there = os.stat(path).st_size
             if there < size:
-                return "fault", -1, (
-                    f"{path} was truncated while in use: it has {there} bytes, but its committed rows need {size}; "
-                    "restore the file or collect the data again"
-                )
+                reason = f"it has {there} bytes, but its committed rows need {size}; restore the file"
+                return "fault", -1, f"{path} was truncated while in use: {reason} or collect the data again"
         slot, rows = free[0], self._policies[: self._capacity]
         for p, (_, _, step, _, sampler) in enumerate(rows):
             out = {name: column[slot, p] for name, column in self._ring.items()}

@@ -177,7 +177,9 @@ def not_finite(store: EpisodeStore, row: int, horizon: int) -> StoreError:
             finite = finite.reshape(length, -1).all(axis=1)
             where = row + int(np.argmin(finite))
             episode = int(np.searchsorted(store.episode_start, where, side="right")) - 1
-            return StoreError(f"episode store {store.path} holds NaN or infinity: {name}, row {where} (episode {episode})")
+            return StoreError(
+                f"episode store {store.path} holds NaN or infinity: {name}, row {where} (episode {episode})"
+            )
     return StoreError(f"episode store {store.path} changed while it was read: row {row} was NaN or infinite")
 
 

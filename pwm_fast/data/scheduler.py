@@ -82,7 +82,7 @@ class Batch(Mapping[str, Tensor]):
 
     def to(self, device: str | torch.device) -> dict[str, Tensor]:
         """Copies on a device. On CUDA the copy is asynchronous, and a release waits for it in the background."""
-        moved = {name: column.to(device, non_blocking=True) for name, column in self.items()}
+        moved = {name: column.to(device, non_blocking=True, copy=True) for name, column in self.items()}
         if torch.device(device).type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(device))
@@ -154,7 +154,7 @@ class RolloutScheduler:
             shape = self.capacity, self.batch, horizon or 0, partial
             try:
                 self._engine = self._native.RolloutScheduler(columns, files, _arrays(self._ring), *shape, self.threads)
-            except RuntimeError as error:
+            except ValueError as error:
                 raise StoreError(f"episode store {store.path}: {error}") from error
         else:
             self._engine = PlainScheduler(self.capacity, self.batch, horizon, files, _arrays(self._ring))

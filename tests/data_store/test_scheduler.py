@@ -217,24 +217,63 @@ def test_resizing_changes_nothing_but_the_ring(store, backend):
 def test_a_step_copies_and_allocates_nothing(wide_store):
     """A batch is a view of the ring: torch runs no operation that makes or moves data, and the slots are few."""
 
-    class Recorded(TorchDispatchMode):
-        operations: set[str] = set()
+    operations = set()
 
+    class Recorded(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            self.operations.add(function.overloadpacket.__name__)
+            operations.add(function.overloadpacket.__name__)
             return function(*arguments, **(keywords or {}))
 
     with RolloutScheduler(wide_store, 8, 4, capacity=2, backend="native") as scheduler:
         scheduler.admit(0, seed=0)
         scheduler.admit(1, seed=1)
         ring = {name: (x.data_ptr(), x.data_ptr() + x.nbytes) for name, x in scheduler.ring.items()}
-        with Recorded() as recorded:
+        with Recorded():
             for _ in range(20):
                 with next(scheduler) as batch:
                     for name, column in batch.items():
                         assert ring[name][0] <= column.data_ptr() < ring[name][1] and column.is_contiguous()
                         assert column.untyped_storage().data_ptr() == ring[name][0]
-        assert recorded.operations <= {"select", "slice"}  # views
+        assert operations <= {"select", "slice"}  # views
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_is_not_refilled_before_its_copy_to_the_device_has_ended(store, backend):
+    """Events stand in for those that CUDA records: released batches count as in use until their copies end."""
+
+    class Event:
+        ended = waited = False
+
+        def query(self):
+            return self.ended
+
+        def synchronize(self):
+            self.ended = self.waited = True
+
+    with RolloutScheduler(store, 4, prefetch=1, backend=backend) as scheduler:
+        scheduler.admit(0, seed=0)
+        events, places = [Event(), Event()], []
+        for event in events:
+            batch = next(scheduler)
+            batch._copied = event
+            places.append(batch["obs"].data_ptr())
+            batch.release()
+        assert places[0] != places[1]
+        events[1].ended = True
+        with next(scheduler) as batch:
+            assert batch["obs"].data_ptr() == places[1] and not events[0].waited
+            with next(scheduler) as last:  # only the slot that is still read is left
+                assert last["obs"].data_ptr() == places[0] and events[0].waited
+                assert (batch.steps, last.steps) == ((2,), (3,))
+
+
+def test_copies_outlive_the_batch(store):
+    with RolloutScheduler(store, 4, 2) as scheduler:
+        scheduler.admit(0, seed=0)
+        with next(scheduler) as batch:
+            kept, expected = batch.to("cpu"), batch["obs"].clone()
+        drain(scheduler, 5)
+    assert torch.equal(kept["obs"], expected)
 
 
 # what is refused
