@@ -232,6 +232,12 @@ std::chrono::nanoseconds RolloutScheduler::waited() {
     return waited_;
 }
 
+int64_t RolloutScheduler::ready() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::count_if(pending_.begin(), pending_.end(),
+                         [&](int64_t index) { return slots_[index].done == slots_[index].pieces; });
+}
+
 void RolloutScheduler::require_open() const {
     if (closed_) throw std::runtime_error("the scheduler is closed");
 }

@@ -88,6 +88,7 @@ public:
     void close();
 
     std::chrono::nanoseconds waited();  // how long acquire() has waited in all
+    int64_t ready();                    // batches that acquire() would not wait for
 
 private:
     struct Found {

@@ -118,6 +118,11 @@ public:
         return std::chrono::duration<double>(core_->waited()).count();
     }
 
+    int64_t ready() {
+        require_owner();
+        return core_->ready();
+    }
+
     py::tuple acquire() {
         for (;;) {
             pwm_fast::Acquired got;
@@ -216,5 +221,6 @@ void register_scheduler(py::module_& module) {
         .def("release", &BoundScheduler::release, py::arg("slot"))
         .def("policies", &BoundScheduler::policies)
         .def("waited", &BoundScheduler::waited)
+        .def("ready", &BoundScheduler::ready)
         .def("close", &BoundScheduler::close);
 }

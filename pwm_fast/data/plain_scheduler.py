@@ -82,6 +82,9 @@ class PlainScheduler:
     def waited(self) -> float:
         return 0.0
 
+    def ready(self) -> int:
+        return 0
+
     def close(self) -> None:
         self._closed = True
 

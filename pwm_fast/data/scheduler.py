@@ -192,6 +192,11 @@ class RolloutScheduler:
         """Seconds that `next` has waited for data in all."""
         return float(self._engine.waited())
 
+    @property
+    def ready(self) -> int:
+        """How many batches `next` would return without waiting for the workers."""
+        return int(self._engine.ready())
+
     def policies(self) -> list[Admitted]:
         """The policies that have steps left, in the order of their admission; those past `capacity` wait."""
         every = self._engine.policies()

@@ -1,5 +1,7 @@
 """The scheduler's batches are the sampler's, whoever shares them and however they are made ahead."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -211,6 +213,20 @@ def test_resizing_changes_nothing_but_the_ring(store, backend):
 
 
 # what a step costs
+
+
+@needs_native
+def test_the_workers_fill_the_ring_and_then_rest(store):
+    with RolloutScheduler(store, 4, 2, prefetch=3, backend="native") as scheduler:
+        assert scheduler.ready == 0
+        scheduler.admit(0, seed=0)
+        for held in (0, 1):
+            deadline = time.monotonic() + 30
+            while scheduler.ready < 4 - held and time.monotonic() < deadline:
+                time.sleep(1e-3)
+            assert scheduler.ready == 4 - held
+            next(scheduler)
+        assert scheduler.waited >= 0
 
 
 @needs_native
