@@ -169,8 +169,8 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
 def test_cached(
     benchmark: Any, store: EpisodeStore, policies: int, batch: int, horizon: int | None, threads: int
 ) -> None:
-    """Goals: 5 times torch, 0.6 of a copy. On two busy AMD cores windows reach 1.6 to 2.2 times and 0.30 to 0.32; the
-    same gather called in a loop without threads reaches 0.57 to 0.66, so what is missing is in the handing over."""
+    """Goals: 5 times torch, 0.6 of a copy. Not reached on two busy AMD cores: windows 1.4 to 2.2 times and 0.25 to 0.34.
+    The same gather called in a loop, without workers, reached 0.47 to 0.66 there."""
     case = Case(store, policies, batch, horizon, threads)
     with case.scheduler:
         case.check()
