@@ -169,7 +169,7 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
 def test_cached(
     benchmark: Any, store: EpisodeStore, policies: int, batch: int, horizon: int | None, threads: int
 ) -> None:
-    """Goals: 5 times torch, 0.6 of a copy. Not reached on two busy AMD cores: windows 1.4 to 2.2 times and 0.25 to 0.34.
+    """Goals: 5 times torch, 0.6 of a copy. Not reached on 2 busy AMD cores: windows 1.4 to 2.2 times and 0.25 to 0.34.
     The same gather called in a loop, without workers, reached 0.47 to 0.66 there."""
     case = Case(store, policies, batch, horizon, threads)
     with case.scheduler:
