@@ -4,10 +4,12 @@
 void register_elementwise(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
+void register_scheduler(pybind11::module_& module);
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "C++ backends of pwm_fast: episode sampling and CPU kernels.";
+    module.doc() = "C++ backends of pwm_fast: episode sampling, the rollout scheduler and CPU kernels.";
     register_sampling(module);
+    register_scheduler(module);
     register_elementwise(module);
     register_gemm(module);
 }

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -14,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "philox.hpp"
+#include "sampling.hpp"
 
 namespace py = pybind11;
 
@@ -48,18 +46,6 @@ void parallel_for(int64_t count, int threads, int64_t bytes, const Work& work) {
     work(int64_t{0}, count / parts);
     if (started < parts) work(count * started / parts, count);
     for (auto& worker : workers) worker.join();
-}
-
-// True if every value is finite. The rows are copied right after, so it costs arithmetic, not memory traffic; written as
-// an integer reduction because the compiler vectorises it.
-bool all_finite(const float* values, int64_t count) {
-    uint32_t found = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, values + i, sizeof bits);
-        found |= (bits & 0x7F800000u) == 0x7F800000u ? 1u : 0u;  // an exponent of all ones: infinity or NaN
-    }
-    return found == 0;
 }
 
 void lower_to(std::atomic<int64_t>& smallest, int64_t value) {
@@ -97,9 +83,7 @@ void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const Column<int64
     py::gil_scoped_release release;
     for (int64_t i = 0; i < count; ++i) {
         const uint64_t bits = pwm_fast::random_bits(seed, stream, step, static_cast<uint32_t>(i));
-        const auto drawn = static_cast<int64_t>(pwm_fast::scale_to(bits, static_cast<uint64_t>(offsets[episodes])));
-        const int64_t episode = std::upper_bound(offsets, offsets + episodes + 1, drawn) - offsets - 1;
-        out[i] = first[episode] + drawn - offsets[episode];
+        out[i] = pwm_fast::drawn_row(bits, offsets, first, episodes).row;
     }
 }
 
@@ -113,21 +97,21 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     require(horizon >= 1, "horizon must be >= 1");
     require(rows.ndim() == 1, "rows must be [B]");
     const int64_t num_rows = obs.shape(0), S = obs.shape(1), A = action.shape(1), B = rows.size(), H = horizon;
-    const float* obs_in = obs.data();
-    const float* action_in = checked(action, {num_rows, A}, "action");
-    const float* reward_in = checked(reward, {num_rows}, "reward");
-    const uint8_t* terminated_in = checked(terminated, {num_rows}, "terminated");
-    const int32_t* task_in = checked(task, {num_rows}, "task");
+    const pwm_fast::Columns from{obs.data(),
+                                 checked(action, {num_rows, A}, "action"),
+                                 checked(reward, {num_rows}, "reward"),
+                                 checked(terminated, {num_rows}, "terminated"),
+                                 checked(task, {num_rows}, "task"),
+                                 num_rows,
+                                 S,
+                                 A};
     checked(out_obs, {H + 1, B, S}, "out obs");
     checked(out_action, {H, B, A}, "out action");
     checked(out_reward, {H, B}, "out reward");
     checked(out_terminated, {H, B}, "out terminated");
     checked(out_task, {B}, "out task");
-    float* obs_out = out_obs.mutable_data();
-    float* action_out = out_action.mutable_data();
-    float* reward_out = out_reward.mutable_data();
-    uint8_t* terminated_out = out_terminated.mutable_data();
-    int32_t* task_out = out_task.mutable_data();
+    const pwm_fast::WindowBatch to{out_obs.mutable_data(), out_action.mutable_data(), out_reward.mutable_data(),
+                                   out_terminated.mutable_data(), out_task.mutable_data()};
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows - H; }),
             "a window lies outside the store");
@@ -135,20 +119,8 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * (H + 1) * (S + A) * 4, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-            const int64_t row = first[b];
-            bool finite = all_finite(obs_in + row * S, (H + 1) * S) && all_finite(action_in + row * A, H * A) &&
-                          all_finite(reward_in + row, H);
-            for (int64_t h = 0; h <= H; ++h)
-                std::memcpy(obs_out + (h * B + b) * S, obs_in + (row + h) * S, S * sizeof(float));
-            for (int64_t h = 0; h < H; ++h) {
-                std::memcpy(action_out + (h * B + b) * A, action_in + (row + h) * A, A * sizeof(float));
-                reward_out[h * B + b] = reward_in[row + h];
-                terminated_out[h * B + b] = terminated_in[row + h];
-            }
-            task_out[b] = task_in[row];
-            if (!finite) lower_to(bad_row, row);
-        }
+        if (!pwm_fast::gather_windows(from, first + begin, end - begin, H, begin, B, to))
+            lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, H));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();
 }
@@ -158,8 +130,11 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     require(obs.ndim() == 2 && rows.ndim() == 1, "obs must be [N, S] and rows [B]");
     const int64_t num_rows = obs.shape(0), S = obs.shape(1), B = rows.size();
     checked(out, {B, S}, "out");
-    const float* in = obs.data();
-    float* to = out.mutable_data();
+    pwm_fast::Columns from;
+    from.obs = obs.data();
+    from.obs_dim = S;
+    pwm_fast::WindowBatch to;
+    to.obs = out.mutable_data();
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows; }),
             "a row lies outside the store");
@@ -167,10 +142,8 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * S * 4, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-            std::memcpy(to + b * S, in + first[b] * S, S * sizeof(float));
-            if (!all_finite(to + b * S, S)) lower_to(bad_row, first[b]);
-        }
+        if (!pwm_fast::gather_windows(from, first + begin, end - begin, 0, begin, B, to))
+            lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, 0));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();
 }

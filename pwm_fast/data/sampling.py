@@ -17,7 +17,7 @@ from pwm_fast.data.store import EpisodeStore
 WINDOW_STREAM, START_STREAM = 0, 1
 
 
-class _Draw:
+class Draw:
     """Uniform choice among `counts[e]` consecutive rows of each chosen episode e."""
 
     def __init__(self, first_row: np.ndarray, counts: np.ndarray) -> None:
@@ -60,11 +60,10 @@ class WindowSampler:
         backend: str | None = None,
         partial: bool = False,
     ) -> None:
-        for name, value, least in (("horizon", horizon, 1), ("threads", threads, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        if seed >= 2**64:
-            raise ValueError(f"seed must be < 2^64, got {seed}")
+        for name, value in (("horizon", horizon), ("threads", threads)):
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        _check_seed(seed)
         self.store, self.horizon, self.seed, self.threads = store, int(horizon), int(seed), int(threads)
         self._native = backends.native if backends.resolve(backend) == "native" else None
         ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes, np.int64).reshape(-1)
@@ -80,20 +79,28 @@ class WindowSampler:
                 "transitions; choose a shorter horizon or add longer episodes"
             )
         self.partial = partial
-        self._windows = _Draw(first, np.maximum(lengths - horizon + 1, 0))
-        self._starts = _Draw(first, lengths)
+        self.window_draw = Draw(first, np.maximum(lengths - horizon + 1, 0))
+        self.start_draw = Draw(first, lengths)
         # Little-endian columns are the machine's own type wherever the native module runs.
         self._columns = {name: getattr(store, name) for name in ("obs", "action", "reward", "terminated", "task")}
+
+    def with_seed(self, seed: int) -> "WindowSampler":
+        """A sampler of the same windows that draws another policy's; raises ValueError for a seed out of range."""
+        _check_seed(seed)
+        other = WindowSampler.__new__(WindowSampler)
+        other.__dict__.update(self.__dict__)
+        other.seed = int(seed)
+        return other
 
     @property
     def num_windows(self) -> int:
         """How many different windows there are."""
-        return self._windows.total
+        return self.window_draw.total
 
     @property
     def num_start_states(self) -> int:
         """How many different start states there are."""
-        return self._starts.total
+        return self.start_draw.total
 
     def windows(self, step: int, batch: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Batch number `step`, time first: obs [H+1, B, S], action [H, B, A], reward [H, B], terminated [H, B] (uint8),
@@ -115,7 +122,7 @@ class WindowSampler:
             if name not in out:
                 raise ValueError(f"out lacks {name!r}")
             _check_out(name, out[name], shape, dtype)
-        draw = self._starts if self.partial else self._windows
+        draw = self.start_draw if self.partial else self.window_draw
         rows = draw.rows(self.seed, WINDOW_STREAM, step, batch, self._native)
         if self.partial:
             rows = np.minimum(rows, self.store.num_rows - H - 1)  # the gather below must not run over the store's end
@@ -132,7 +139,7 @@ class WindowSampler:
             finite &= np.isfinite(out["reward"]).all(axis=0)
             bad = -1 if finite.all() else int(rows[~finite].min())
         if bad >= 0:
-            self._refuse(bad, {"obs": H + 1, "action": H, "reward": H})
+            raise not_finite(self.store, bad, H)
         if self.partial:
             starts = self.store.episode_start
             last = starts[np.searchsorted(starts, rows, side="right")] - 1  # [B] its episode's last row
@@ -146,7 +153,7 @@ class WindowSampler:
         if out is None:
             out = np.empty(shape, np.float32)
         _check_out("obs", out, shape, np.float32)
-        rows = self._starts.rows(self.seed, START_STREAM, step, batch, self._native)
+        rows = self.start_draw.rows(self.seed, START_STREAM, step, batch, self._native)
         if self._native is not None:
             bad = self._native.gather_rows(self._columns["obs"], rows, self.threads, out)
         else:
@@ -154,23 +161,33 @@ class WindowSampler:
             finite = np.isfinite(out).all(axis=1)
             bad = -1 if finite.all() else int(rows[~finite].min())
         if bad >= 0:
-            self._refuse(bad, {"obs": 1})
+            raise not_finite(self.store, bad, 0)
         return out
 
     def _check(self, step: int, batch: int) -> None:
         if step < 0 or batch < 1:
             raise ValueError(f"step must be >= 0 and batch >= 1, got step {step} and batch {batch}")
 
-    def _refuse(self, row: int, lengths: dict[str, int]) -> None:
-        """Names the first bad value of the window that starts at `row`."""
-        for name, length in lengths.items():
-            finite = np.isfinite(self._columns[name][row : row + length]).reshape(length, -1).all(axis=1)
-            if not finite.all():
-                where = row + int(np.argmin(finite))
-                episode = int(np.searchsorted(self.store.episode_start, where, side="right")) - 1
-                raise StoreError(
-                    f"episode store {self.store.path} holds NaN or infinity: {name}, row {where} (episode {episode})"
-                )
+
+def not_finite(store: EpisodeStore, row: int, horizon: int) -> StoreError:
+    """Names the first value that is NaN or infinite in the window at `row` (horizon 0: in that observation)."""
+    for name, length in (("obs", horizon + 1), ("action", horizon), ("reward", horizon)):
+        finite = np.isfinite(getattr(store, name)[row : row + length])
+        if not finite.all():
+            finite = finite.reshape(length, -1).all(axis=1)
+            where = row + int(np.argmin(finite))
+            episode = int(np.searchsorted(store.episode_start, where, side="right")) - 1
+            return StoreError(
+                f"episode store {store.path} holds NaN or infinity: {name}, row {where} (episode {episode})"
+            )
+    return StoreError(f"episode store {store.path} changed while it was read: row {row} was NaN or infinite")
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be < 2^64, got {seed}")
 
 
 def _check_out(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: Any) -> None:

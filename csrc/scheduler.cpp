@@ -1,0 +1,349 @@
+#include "scheduler.hpp"
+
+#include <array>
+#include <exception>
+#include <stdexcept>
+#include <utility>
+
+namespace pwm_fast {
+
+namespace {
+
+constexpr int64_t kDrawn = 64;  // windows that are drawn, then gathered
+
+int64_t windows_per_piece(const Columns& columns, const BatchShape& shape) {
+    const int64_t bytes = (shape.horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4;
+    return std::max<int64_t>(1, shape.piece_bytes / bytes);
+}
+
+void require(bool condition, const std::string& message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+void require_ring(const std::vector<SlotMemory>& ring, int threads) {
+    require(!ring.empty(), "the ring must have at least one slot, got none");
+    require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+}
+
+}  // namespace
+
+RolloutScheduler::RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads)
+    : source_(std::move(source)),
+      shape_(shape),
+      piece_windows_(windows_per_piece(source_.columns, shape)),
+      consumed_(shape.capacity),
+      planned_(shape.capacity) {
+    require(shape.capacity >= 1, "capacity must be >= 1, got " + std::to_string(shape.capacity));
+    require(shape.batch >= 1, "batch must be >= 1, got " + std::to_string(shape.batch));
+    require(shape.horizon >= 0 && source_.columns.rows > shape.horizon,
+            "horizon must be in [0, " + std::to_string(source_.columns.rows) + "), the store's rows, got " +
+                std::to_string(shape.horizon));
+    require_ring(ring, threads);
+    slots_.resize(ring.size());
+    for (size_t i = 0; i < ring.size(); ++i) slots_[i].memory = ring[i];
+    start_workers(threads);
+}
+
+RolloutScheduler::~RolloutScheduler() { close(); }
+
+// Rows outside the store never become reads outside its memory.
+void RolloutScheduler::check(const Policy& policy) const {
+    const Draw& draw = *policy.draw;
+    const size_t episodes = draw.first_row.size();
+    require(policy.step >= 0 && policy.step < policy.end,
+            "policy " + std::to_string(policy.id) + " must have steps left, got step " + std::to_string(policy.step) +
+                " of " + std::to_string(policy.end));
+    require(episodes >= 1 && draw.offsets.size() == episodes + 1 && draw.offsets.front() == 0 &&
+                draw.offsets.back() >= 1,
+            "a draw must have first_row [E] and offsets [E+1] that begin at 0 and count at least one window");
+    const int64_t after = shape_.partial ? 1 : shape_.horizon;  // rows that must follow the drawn one
+    for (size_t e = 0; e < episodes; ++e) {
+        const int64_t count = draw.offsets[e + 1] - draw.offsets[e], first = draw.first_row[e];
+        require(count >= 0 && first >= 0 && count <= source_.columns.rows &&
+                    first <= source_.columns.rows - count - after,
+                "a window lies outside the store");
+    }
+}
+
+void RolloutScheduler::admit(Policy policy) {
+    check(policy);
+    change([&](Roster& roster) { roster.admit(policy); });
+}
+
+void RolloutScheduler::retire(int64_t id) {
+    change([&](Roster& roster) { roster.retire(id); });
+}
+
+void RolloutScheduler::seek(int64_t step) {
+    require(step >= 0, "step must be >= 0, got " + std::to_string(step));
+    change([&](Roster& roster) { roster.seek(step); });
+}
+
+std::vector<Policy> RolloutScheduler::policies() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return consumed_.policies();
+}
+
+// Plans again from the consumer's place on. Batches that stay as they were keep what is done of them.
+void RolloutScheduler::change(const std::function<void(Roster&)>& edit) {
+    std::lock_guard<std::mutex> one(control_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    require_open();
+    paused_ = true;
+    idle_.wait(lock, [&] { return working_ == 0; });
+    paused_ = false;
+    work_.notify_all();  // they get the lock when all is planned, or when `edit` has thrown
+    edit(consumed_);
+    planned_ = consumed_;
+    std::deque<int64_t> before;
+    before.swap(pending_);
+    for (const int64_t index : before) {
+        Slot& slot = slots_[index];
+        std::vector<Policy> rows = planned_.take();
+        if (rows.empty()) {
+            slot.rows.clear();
+            continue;
+        }
+        if (rows != slot.rows) assign(slot, std::move(rows));
+        pending_.push_back(index);
+    }
+    plan();
+}
+
+// Gives every free slot the next batch to prepare.
+void RolloutScheduler::plan() {
+    for (size_t i = 0; i < slots_.size(); ++i) {
+        Slot& slot = slots_[i];
+        if (slot.held || !slot.rows.empty()) continue;
+        std::vector<Policy> rows = planned_.take();
+        if (rows.empty()) break;
+        assign(slot, std::move(rows));
+        pending_.push_back(static_cast<int64_t>(i));
+    }
+    work_.notify_all();
+    ready_.notify_all();
+}
+
+void RolloutScheduler::assign(Slot& slot, std::vector<Policy> rows) {
+    slot.rows = std::move(rows);
+    const int64_t windows = static_cast<int64_t>(slot.rows.size()) * shape_.batch;
+    slot.pieces = (windows + piece_windows_ - 1) / piece_windows_;
+    restart(slot);
+}
+
+void RolloutScheduler::restart(Slot& slot) {
+    slot.next = slot.done = 0;
+    slot.found = Found{};
+}
+
+Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto complete = [&] { return slots_[pending_.front()].done == slots_[pending_.front()].pieces; };
+    const auto answerable = [&] { return closed_ || pending_.empty() || complete(); };
+    if (!answerable()) {
+        const auto begin = std::chrono::steady_clock::now();
+        ready_.wait_for(lock, patience, answerable);
+        waited_ += std::chrono::steady_clock::now() - begin;
+    }
+    Acquired result;
+    if (closed_) {
+        result.answer = Answer::kClosed;
+    } else if (pending_.empty()) {
+        result.answer = consumed_.policies().empty() ? Answer::kFinished : Answer::kAllHeld;
+    } else if (complete()) {
+        const int64_t index = pending_.front();
+        Slot& slot = slots_[index];
+        if (slot.found.fault) {
+            result.answer = Answer::kFault;
+            result.fault = slot.found.fault;
+            restart(slot);
+            work_.notify_all();
+        } else {
+            result.answer = Answer::kReady;
+            result.slot = index;
+            result.rows = slot.rows;
+            slot.held = true;
+            pending_.pop_front();
+            consumed_.take();
+        }
+    }
+    return result;
+}
+
+void RolloutScheduler::release(int64_t index) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require(index >= 0 && index < static_cast<int64_t>(slots_.size()) && slots_[index].held,
+            "slot " + std::to_string(index) + " is not held");
+    slots_[index].held = false;
+    slots_[index].rows.clear();
+    if (!closed_) plan();
+}
+
+int64_t RolloutScheduler::held() const {
+    return std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.held; });
+}
+
+void RolloutScheduler::resize(std::vector<SlotMemory> ring, int threads) {
+    require_ring(ring, threads);
+    std::lock_guard<std::mutex> one(control_);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        require_open();
+        require(held() == 0, std::to_string(held()) + " batches are in use; release them before resizing");
+    }
+    const int before = static_cast<int>(workers_.size());
+    stop_workers();
+    bool refused = false;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        refused = held() != 0;  // another thread took one while the workers ended
+        if (!refused) {
+            slots_.clear();
+            slots_.resize(ring.size());
+            for (size_t i = 0; i < ring.size(); ++i) slots_[i].memory = ring[i];
+            pending_.clear();
+            planned_ = consumed_;
+            plan();
+        }
+    }
+    try {
+        start_workers(refused ? before : threads);
+    } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        closed_ = true;  // or a consumer would wait for nobody
+        ready_.notify_all();
+        throw;
+    }
+    require(!refused, "a batch was taken while resizing; release it first");
+}
+
+void RolloutScheduler::close() {
+    std::lock_guard<std::mutex> one(control_);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        closed_ = true;
+    }
+    ready_.notify_all();
+    stop_workers();
+}
+
+std::chrono::nanoseconds RolloutScheduler::waited() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return waited_;
+}
+
+int64_t RolloutScheduler::ready() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::count_if(pending_.begin(), pending_.end(),
+                         [&](int64_t index) { return slots_[index].done == slots_[index].pieces; });
+}
+
+void RolloutScheduler::require_open() const {
+    if (closed_) throw std::runtime_error("the scheduler is closed");
+}
+
+// Fewer threads than asked for are no reason to stop; none is.
+void RolloutScheduler::start_workers(int threads) {
+    workers_.reserve(threads);
+    try {
+        while (static_cast<int>(workers_.size()) < threads) workers_.emplace_back([this] { work(); });
+    } catch (const std::exception& error) {
+        if (workers_.empty()) throw std::runtime_error(std::string("no thread can be started: ") + error.what());
+    }
+}
+
+void RolloutScheduler::stop_workers() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    work_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = false;
+}
+
+// The earliest batch with a piece that nobody has taken.
+RolloutScheduler::Slot* RolloutScheduler::unclaimed() {
+    for (const int64_t index : pending_)
+        if (slots_[index].next < slots_[index].pieces) return &slots_[index];
+    return nullptr;
+}
+
+void RolloutScheduler::work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        Slot* slot = nullptr;
+        work_.wait(lock, [&] { return stop_ || (!paused_ && (slot = unclaimed()) != nullptr); });
+        if (stop_) return;
+        const int64_t piece = slot->next++;
+        ++working_;
+        lock.unlock();
+        Found found;
+        try {
+            found = fill(*slot, piece);
+        } catch (const std::exception& error) {
+            found.fault.reason = error.what();
+        }
+        lock.lock();
+        if (found.fault && found.before(slot->found)) slot->found = std::move(found);
+        if (++slot->done == slot->pieces) ready_.notify_all();
+        if (--working_ == 0 && paused_) idle_.notify_all();
+    }
+}
+
+RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) const {
+    Found found;
+    found.fault.reason = source_.files.shortened();
+    if (found.fault) return found;
+    const Columns& from = source_.columns;
+    const int64_t B = shape_.batch, H = shape_.horizon, last = from.rows - H - 1;
+    const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    const int64_t end =
+        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
+    std::array<int64_t, kDrawn> rows;
+    for (int64_t begin = piece * piece_windows_, stop; begin < end; begin = stop) {
+        const int64_t p = begin / B, b = begin % B;
+        stop = std::min({begin + kDrawn, (p + 1) * B, end});
+        const Policy& policy = slot.rows[p];
+        const Draw& draw = *policy.draw;
+        for (int64_t i = 0; i < stop - begin; ++i) {
+            const uint64_t bits = random_bits(policy.seed, stream, static_cast<uint64_t>(policy.step),
+                                              static_cast<uint32_t>(b + i));
+            const DrawnRow drawn = drawn_row(bits, draw.offsets.data(), draw.first_row.data(),
+                                             static_cast<int64_t>(draw.first_row.size()));
+            rows[i] = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, draw, drawn, rows[i]);
+        }
+        if (gather_windows(from, rows.data(), stop - begin, H, b, B, part_of(slot, p))) continue;
+        Found here{p, {first_not_finite(from, rows.data(), stop - begin, H), {}}};
+        if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
+        if (here.before(found)) found = std::move(here);
+    }
+    return found;
+}
+
+WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {
+    const int64_t B = shape_.batch, H = shape_.horizon;
+    WindowBatch part = slot.memory.columns;
+    part.obs += policy * (H + 1) * B * source_.columns.obs_dim;
+    if (H > 0) {
+        part.action += policy * H * B * source_.columns.action_dim;
+        part.reward += policy * H * B;
+        part.terminated += policy * H * B;
+        part.task += policy * B;
+    }
+    return part;
+}
+
+// valid [H, B] of one window: its transitions before the episode's last row.
+void RolloutScheduler::mark_valid(uint8_t* valid, const Draw& draw, const DrawnRow& drawn, int64_t row) const {
+    const int64_t e = drawn.episode;
+    int64_t last = draw.first_row[e] + draw.offsets[e + 1] - draw.offsets[e];
+    if (row != drawn.row)
+        last = *std::upper_bound(source_.episode_start, source_.episode_start + source_.episodes, row) - 1;
+    for (int64_t h = 0; h < shape_.horizon; ++h) valid[h * shape_.batch] = h < last - row;
+}
+
+}  // namespace pwm_fast
