@@ -1,6 +1,6 @@
 """Compiles every Triton kernel without a GPU and shows what it needs on the chip.
 
-    python -m pwm_fast.kernels.ahead_of_time --arch 80 90
+    python -m pwm_fast.kernels.ahead_of_time --arch 80 90 [--all]
 
 Each op file lists its `COMPILATIONS`. A kernel that spills registers to local memory, or asks for more shared memory
 than its limit, is an error: both cost far more than they look.
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     may_spill: int = 0  # bytes of local memory per thread that are tolerated; the reason stands beside it
-    architectures: tuple[int, ...] = ARCHITECTURES
+    slow: bool = False  # ten seconds and more: compiled with --all only
 
 
 def signature(names_of: dict[str, str]) -> dict[str, str]:
@@ -93,12 +95,13 @@ def compilations() -> list[Compilation]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, as 80 or 90")
+    parser.add_argument("--all", action="store_true", help="slow ones too: some minutes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once")
+    options = parser.parse_args()
+    wanted = [(arch, c) for arch in options.arch for c in compilations() if options.all or not c.slow]
     wrong = 0
-    for arch in parser.parse_args().arch:
-        for c in compilations():
-            if arch not in c.architectures:
-                continue
-            r = compile_kernel(c, arch)
+    with ThreadPoolExecutor(options.jobs) as pool:  # the assembler, which takes most of the time, is its own process
+        for (arch, c), r in zip(wanted, pool.map(lambda job: compile_kernel(job[1], job[0]), wanted)):
             bad = r.local > c.may_spill or r.shared > SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
             wrong += bad
             print(

@@ -129,7 +129,7 @@ class DynamicsRollout:
         self._shape = {"P": policies, "H": horizon, "B": batch, "Z": z, "A": a, "GROUP": group, "EPS": EPS}
         self._options = dot_options(flat.dtype, precision)
         kept = torch.bfloat16 if precision == "bf16" and flat.dtype is torch.float32 else flat.dtype
-        rows = self._pack(dynamics, flat, kept)
+        self._world, self._vectors, rows = self._pack(dynamics, flat, kept)
 
         def offset(name: str) -> int:
             return (actor[name].data_ptr() - flat.data_ptr()) // flat.element_size()
@@ -163,7 +163,16 @@ class DynamicsRollout:
                     f"{tuple(layer.bias.shape)}"
                 )
 
-    def _pack(self, dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype) -> list[FrozenRow]:
+    def load(self, dynamics: Sequence[Frozen]) -> None:
+        """Go on with other weights of the same shapes, copied to where the old ones were."""
+        weights, vectors, _ = self._pack(dynamics, self.inputs, self._world.dtype)
+        self._world.copy_(weights)
+        self._vectors.copy_(vectors)
+
+    @staticmethod
+    def _pack(
+        dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype
+    ) -> tuple[Tensor, Tensor, list[FrozenRow]]:
         """All W in one buffer and all vectors in another; where each begins."""
         weights, vectors, rows = [], [], []
         w = v = 0
@@ -176,8 +185,7 @@ class DynamicsRollout:
             weights.append(layer.weight.reshape(-1).to(flat.device, kept))
             vectors += [t.reshape(-1).to(flat) for t in own]
             w, v = w + layer.weight.numel(), v + sum(t.numel() for t in own)
-        self._world, self._vectors = torch.cat(weights), torch.cat(vectors)
-        return rows
+        return torch.cat(weights), torch.cat(vectors), rows
 
     def _flat(self, actor: Parameters) -> Tensor:
         policies, stride = self._shape["P"], self._actor_layers[0].member_stride

@@ -70,7 +70,10 @@ def _rollouts(size: str, policies: int, precision: str) -> Iterator[Compilation]
     for name, kernel in kernels.items():
         signature = _signature(kernel, pointers)
         title = f"rollout {name} {size} P={policies} {precision}"
-        yield Compilation(title, kernel, signature, shared | own[name], num_warps=WARPS, may_spill=MAY_SPILL)
+        yield Compilation(
+            title, kernel, signature, shared | own[name], num_warps=WARPS, may_spill=MAY_SPILL,
+            slow=(size, policies, precision) != CASES[0],
+        )  # fmt: skip
 
 
 def _critics(size: str, policies: int, precision: str) -> Compilation:
@@ -93,6 +96,7 @@ def _critics(size: str, policies: int, precision: str) -> Compilation:
         constants,
         num_warps=WARPS,
         may_spill=MAY_SPILL,
+        slow=(size, policies, precision) != CASES[0],
     )
 
 

@@ -9,12 +9,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 from pwm_fast import backend
 from pwm_fast.learning.configuration import PRECISIONS
-
-PERSISTENT_MODULES = ("pwm_fast.kernels.dynamics_rollout", "pwm_fast.kernels.critic_epoch")
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,12 @@ class ExecutionConfig:
             raise ValueError("persistent kernels are fused ones: fused_kernels must be on with persistent")
 
     def check(self) -> None:
-        """Raises RuntimeError, with the reason, for what cannot run here."""
+        """Raises RuntimeError for what the package cannot run."""
         if not self.frozen_batched:
             raise RuntimeError(
                 "frozen_batched=False is the plain autograd step, which the package does not ship: "
                 "it is tests/learning/naive.py, and bench/gpu.py measures it"
             )
-        missing = [name for name in PERSISTENT_MODULES if find_spec(name) is None]
-        if self.persistent and missing:
-            raise RuntimeError(f"persistent kernels: {', '.join(missing)} missing; leave persistent off")
 
     @contextmanager
     def kernels(self) -> Iterator[None]:

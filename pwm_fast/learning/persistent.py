@@ -6,12 +6,12 @@ They take the places that `Imagination.recurrence` and `Extraction.critic_epochs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
 from pwm_fast.kernels import mish_layernorm
+from pwm_fast.kernels.critic_epoch import CriticEpoch
+from pwm_fast.kernels.dynamics_rollout import DynamicsRollout
 from pwm_fast.learning.extraction import CriticRows, Extraction
 from pwm_fast.models.policy import ActionSample, Actor
 from pwm_fast.models.population_mlp import EPS, Activations, Hidden
@@ -34,7 +34,7 @@ class PersistentRollout:
     def __init__(self, extraction: Extraction):
         e, c, w = extraction, extraction.config, extraction.world_config
         self._latent_dim = w.latent_dim
-        self._kernel: Any = import_module("pwm_fast.kernels.dynamics_rollout").DynamicsRollout(
+        self._kernel = DynamicsRollout(
             e.imagination.dynamics.layers, e.actor.parameters, e.actor.mlp.widths, e.policies_count, c.horizon,
             c.batch_size, w.residual, w.simnorm_dim, e.precision,
         )  # fmt: skip
@@ -59,10 +59,7 @@ class PersistentRollout:
         return ActionSample(action.reshape(*x.shape[:2], -1), Activations(hidden, x))
 
     def load(self, dynamics: Sequence[FrozenLayer]) -> None:
-        kernel = self._kernel
-        weights, vectors = kernel._world, kernel._vectors
-        kernel._pack(dynamics, kernel.inputs, weights.dtype)
-        kernel._world, kernel._vectors = weights.copy_(kernel._world), vectors.copy_(kernel._vectors)
+        self._kernel.load(dynamics)
 
 
 class PersistentCritics:
@@ -71,7 +68,7 @@ class PersistentCritics:
     def __init__(self, extraction: Extraction):
         e, c = extraction, extraction.config
         self._adam = e.critic_adam
-        self._kernel: Any = import_module("pwm_fast.kernels.critic_epoch").CriticEpoch(
+        self._kernel = CriticEpoch(
             e.critic.parameters, e.critic.mlp.widths, e.policies_count, c.num_critics, c.horizon * c.batch_size,
             c.critic_epochs, c.critic_minibatches, c.critic_max_norm, c.betas, self._adam.eps,
             "tf32" if e.precision == "bf16" else e.precision,

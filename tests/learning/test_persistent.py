@@ -5,7 +5,6 @@ A few steps of tiny networks take 10 to 20 CPU seconds there.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,12 +13,11 @@ from small import OBS_DIM, extraction, relative, start_obs, world_model
 
 from pwm_fast.kernels.triton_support import refusal
 from pwm_fast.learning.captured import StepGraph
-from pwm_fast.learning.execution import PERSISTENT_MODULES, ExecutionConfig
+from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import Extraction
 from pwm_fast.learning.step_inputs import StagedStates
 
-missing = [name for name in PERSISTENT_MODULES if find_spec(name) is None]
-reason = ", ".join(missing) or refusal(torch.empty(1))
+reason = refusal(torch.empty(1))
 pytestmark = pytest.mark.skipif(bool(reason), reason=f"no persistent kernels here: {reason}")
 
 VARIANTS: dict[str, dict[str, Any]] = {
