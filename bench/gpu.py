@@ -56,7 +56,7 @@ def main() -> int:
             traceback.print_exc()
             run.failures.append(f"{name}: {type(error).__name__}: {error}")
         print(f"  took {time.monotonic() - begun:.1f} s", flush=True)
-    write(run, options.out)
+        write(run, options.out)  # what a later section that hangs cannot take away
     for failure in run.failures:
         print(f"WRONG: {failure}", file=sys.stderr)
     return 1 if run.failures else 0

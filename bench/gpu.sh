@@ -29,7 +29,7 @@ status=0
         export OMP_NUM_THREADS=1
     fi
     timeout 120 "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${tests[@]}" || status=1
-    "$python" bench/gpu.py "${dry[@]}" "$out" || status=1
+    timeout 450 "$python" bench/gpu.py "${dry[@]}" "$out" || status=1
     echo "exit status $status"
     exit $status
 } 2>&1 | tee "$out/log.txt"

@@ -93,7 +93,7 @@ class Options:
     seed: int = 0
     """First policy seed."""
     backend: str | None = None
-    """Force native or torch (default: the fastest that runs)."""
+    """Force native, triton or torch (default: the fastest that runs)."""
     threads: int | None = None
     """CPU threads (default: all)."""
     rounds: RoundConfig = field(default_factory=RoundConfig)
@@ -158,7 +158,7 @@ def extract(options: Options, name: str) -> Path:
             state = folder.load_checkpoint() if options.resume else None
             if state is not None:
                 job.load_state_dict(state)
-        console.print(Text(f"{task.title}: {backend.describe()} · {options.device} {options.precision} · "
+        console.print(Text(f"{task.title}: {backend.describe(options.device)} · {options.device} {options.precision} · "
                            f"{torch.get_num_threads()} threads"))  # fmt: skip
         console.print(Text(f"world model: {model.num_parameters / 1e6:.1f}M parameters, {found.origin}"))
         if on_gpu(options):
@@ -303,7 +303,7 @@ def close(
         random_return=task.random_return,
         paper_return=task.paper_return,
         seconds=phases.seconds,
-        backend=backend.resolve(),
+        backend=backend.resolve(device=options.device),
         precision=options.precision,
         data_mean=data.get("return_mean"),
         data_best=data.get("return_best"),

@@ -55,7 +55,7 @@ class StepGraph:
                 "step before; set overlap=False"
             )
         if self.execution.persistent:
-            use_persistent_kernels(extraction)
+            use_persistent_kernels(extraction, beside=self.execution.overlap)
         self.extraction, self.inputs, self.ring = extraction, inputs, ring
         device = extraction.iteration.device
         self._cuda = device.type == "cuda"

@@ -74,7 +74,7 @@ def population_memory(
     shared = weights + itemsize * (start_states * w.obs_dim)
 
     parameters = _parameters(actor, extra=w.action_dim) + c.num_critics * _parameters(critic)
-    kept = 4 * parameters  # values, gradients, two moments
+    kept = 4 * parameters + _parameters(actor, extra=w.action_dim)  # values, gradients, two moments; averages
     kept += (c.horizon + 1) * rows * (2 * w.latent_dim + w.action_dim)  # inputs and latents of the rollout
     kept += hb * (1 + w.action_dim) + (2 * hb if c.terminations else 0)  # reward, noise, continuation and its slope
     kept += hb * w.latent_dim if w.residual else 0

@@ -12,31 +12,35 @@ from torch import Tensor
 from pwm_fast.kernels import mish_layernorm
 from pwm_fast.kernels.critic_epoch import CriticEpoch
 from pwm_fast.kernels.dynamics_rollout import DynamicsRollout
+from pwm_fast.kernels.grid_barrier import resident_programs
 from pwm_fast.learning.extraction import CriticRows, Extraction
 from pwm_fast.models.policy import ActionSample, Actor
 from pwm_fast.models.population_mlp import EPS, Activations, Hidden
 from pwm_fast.models.world_model import FrozenLayer
 
 
-def use_persistent_kernels(extraction: Extraction) -> None:
+def use_persistent_kernels(extraction: Extraction, beside: bool = False) -> None:
     """From now on the extraction's steps run on them; a second call changes nothing.
 
+    `beside`: rollouts and critics may run at the same time, so each gets half of the multiprocessors. If both wanted
+    them all, each could hold some and wait for the rest for ever.
     Raises RuntimeError where Triton cannot run, ValueError for shapes that the kernels do not take.
     """
     if extraction.critic_epochs is None:
-        extraction.imagination.recurrence = PersistentRollout(extraction)
-        extraction.critic_epochs = PersistentCritics(extraction)
+        programs = max(1, resident_programs(extraction.iteration.device) // (2 if beside else 1))
+        extraction.imagination.recurrence = PersistentRollout(extraction, programs)
+        extraction.critic_epochs = PersistentCritics(extraction, programs)
 
 
 class PersistentRollout:
     """`kernels/dynamics_rollout.py` as a `Recurrence`."""
 
-    def __init__(self, extraction: Extraction):
+    def __init__(self, extraction: Extraction, programs: int):
         e, c, w = extraction, extraction.config, extraction.world_config
         self._latent_dim = w.latent_dim
         self._kernel = DynamicsRollout(
             e.imagination.dynamics.layers, e.actor.parameters, e.actor.mlp.widths, e.policies_count, c.horizon,
-            c.batch_size, w.residual, w.simnorm_dim, e.precision,
+            c.batch_size, w.residual, w.simnorm_dim, e.precision, programs,
         )  # fmt: skip
 
     def forward(self, actor: Actor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,13 +69,13 @@ class PersistentRollout:
 class PersistentCritics:
     """`kernels/critic_epoch.py` as `CriticEpochs`."""
 
-    def __init__(self, extraction: Extraction):
+    def __init__(self, extraction: Extraction, programs: int):
         e, c = extraction, extraction.config
         self._adam = e.critic_adam
         self._kernel = CriticEpoch(
             e.critic.parameters, e.critic.mlp.widths, e.policies_count, c.num_critics, c.horizon * c.batch_size,
             c.critic_epochs, c.critic_minibatches, c.critic_max_norm, c.betas, self._adam.eps,
-            "tf32" if e.precision == "bf16" else e.precision,
+            "tf32" if e.precision == "bf16" else e.precision, programs,
         )  # fmt: skip
 
     def __call__(self, rows: CriticRows, orders: Tensor, lr: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:

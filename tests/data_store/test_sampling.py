@@ -273,7 +273,7 @@ def test_only_the_chosen_episodes_are_drawn(store):
         ({"horizon": 4, "episodes": [1, 3]}, StoreError, "the longest of the 2 episodes has 3"),
         ({"episodes": []}, StoreError, "at least one episode"),
         ({"episodes": [0, 5]}, StoreError, r"must be in \[0, 5\), got 5"),
-        ({"backend": "fortran"}, ValueError, "must be one of native, torch"),
+        ({"backend": "fortran"}, ValueError, "must be one of native, triton, torch"),
     ],
 )
 def test_bad_samplers_are_refused(store, arguments, error, reason):

@@ -1,7 +1,9 @@
 """Programs of recorded launches, and crews of threads that run them."""
 
 import os
+import threading
 import time
+import weakref
 
 import pytest
 import warp as wp
@@ -38,13 +40,15 @@ def test_a_program_runs_its_calls_in_order_with_rewritten_arguments(add):
     assert x.numpy().tolist() == [77, 77, 77]
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.02], ids=["watching", "asleep"])
-def test_every_program_runs_exactly_once_whoever_runs_it(add, pause):
+@pytest.mark.parametrize(
+    "pause, runs", [(0.0, 5000), (3e-4, 2000), (0.02, 30)], ids=["watching", "falling asleep", "asleep"]
+)
+def test_every_program_runs_exactly_once_whoever_runs_it(add, pause, runs):
     """Helpers that watch, that sleep, and that are late: the leader may take over what they have not begun."""
     crew, arrays = Crew(3), [wp.zeros(2, dtype=int) for _ in range(4)]
     programs = [Program([call(add, x, 1)]) for x in arrays]
     expected = 0
-    for _ in range(20 if pause else 2000):
+    for _ in range(runs):
         crew.run(programs)
         expected = (3 * expected + 1) % 2**32
         assert all(int(x.numpy()[0]) % 2**32 == expected for x in arrays)
@@ -52,20 +56,31 @@ def test_every_program_runs_exactly_once_whoever_runs_it(add, pause):
 
 
 def test_helpers_sleep_when_there_is_nothing_to_do_and_leave_with_their_crew(add):
-    from threading import active_count
-
-    before, crew = active_count(), Crew(2)
-    assert active_count() == before  # nobody comes before the first run
+    before, crew = set(threading.enumerate()), Crew(2)
+    assert set(threading.enumerate()) <= before  # nobody comes before the first run
     crew.run([Program([call(add, wp.zeros(1, dtype=int), 1)]) for _ in range(3)])
-    assert active_count() == before + 2
+    helpers = set(threading.enumerate()) - before
+    assert len(helpers) == 2
     deadline = time.monotonic() + 20
     while (crew._mailbox[:, STATE] != ASLEEP).any() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert (crew._mailbox[:, STATE] == ASLEEP).all()
     del crew
-    while active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert active_count() == before
+    for helper in helpers:
+        helper.join(deadline - time.monotonic())
+        assert not helper.is_alive()
+
+
+def test_helpers_keep_what_they_watch_when_their_crew_goes(add):
+    """A helper looks at its mailbox for a while after a run: freed, the memory would be someone else's by then."""
+    crew = Crew(1)
+    crew.run([Program([call(add, wp.zeros(1, dtype=int), 1)]) for _ in range(2)])
+    mailbox = weakref.ref(crew._mailbox)
+    helper = next(t for t in threading.enumerate() if any(a is crew._mailbox for a in getattr(t, "_args", ())))
+    del crew
+    assert mailbox() is not None or not helper.is_alive()
+    helper.join(20)
+    assert not helper.is_alive()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

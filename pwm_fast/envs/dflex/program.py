@@ -20,7 +20,7 @@ import warp as wp
 from pwm_fast.envs.dflex.lanes import COMPILER_FLAGS
 
 WATCH = 200  # looks at the mailbox, a microsecond or two apart, before a helper sleeps
-STATE, TABLE, ROWS, LINE = 0, 1, 2, 8  # a helper's part of the mailbox: one cache line
+STATE, TABLE, ROWS, WOKEN, TURN, DONE, LINE = 0, 1, 2, 3, 4, 5, 8  # a helper's part of the mailbox: one cache line
 ASLEEP, WATCHING, POSTED, RUNNING = range(4)
 
 # rows of a table: function, bounds, arguments, adjoint arguments or 0, as Warp's entry points on a CPU take them
@@ -42,20 +42,24 @@ CALL = """
     };"""
 
 # Both sides claim a posted program by one compare-and-exchange, so the leader runs what no helper has begun by the time
-# its own part is done: on a busy machine two threads are never much slower than one.
+# its own part is done: on a busy machine two threads are never much slower than one. States alone do not tell a helper
+# that has not begun from one that is done and looks out or sleeps again; the number of the run it has done last does.
 LEAD = f"""{CALL}
     const int helpers = mailbox.shape[0] / {LINE};
     for (int i = 0; i < helpers; ++i) {{
+        auto* line = mailbox.data + i * {LINE};
         wp::uint64 now = {WATCHING};  // one that was seen watching may have fallen asleep since, and stays so
-        exchange(mailbox.data + i * {LINE} + {STATE}, &now, {POSTED});
+        if (!line[{WOKEN}]) exchange(line + {STATE}, &now, {POSTED});
     }}
     call(table.data, table.shape[0]);
     for (int i = 0; i < helpers; ++i) {{
         auto* line = mailbox.data + i * {LINE};
         wp::uint64 now = {POSTED};
-        if (exchange(line + {STATE}, &now, {WATCHING}) || now == {ASLEEP})
+        bool mine = exchange(line + {STATE}, &now, {WATCHING});
+        if (!mine && now == {RUNNING})
+            while (__atomic_load_n(line + {STATE}, __ATOMIC_ACQUIRE) == {RUNNING}) rest();
+        if (mine || __atomic_load_n(line + {DONE}, __ATOMIC_ACQUIRE) != line[{TURN}])
             call((const wp::uint64*)line[{TABLE}], line[{ROWS}]);
-        else while (__atomic_load_n(line + {STATE}, __ATOMIC_ACQUIRE) == {RUNNING}) rest();
     }}"""
 
 FOLLOW = f"""{CALL}
@@ -64,6 +68,7 @@ FOLLOW = f"""{CALL}
         wp::uint64 now = {POSTED};
         if (exchange(line + {STATE}, &now, {RUNNING})) {{
             call((const wp::uint64*)line[{TABLE}], line[{ROWS}]);
+            __atomic_store_n(line + {DONE}, line[{TURN}], __ATOMIC_RELEASE);
             __atomic_store_n(line + {STATE}, (wp::uint64){WATCHING}, __ATOMIC_RELEASE);
             look = 0;
         }}
@@ -146,7 +151,8 @@ def _give_way() -> int:
         return 0
 
 
-def _help(call: Call, orders: SimpleQueue) -> None:
+def _help(call: Call, orders: SimpleQueue, mailbox: np.ndarray) -> None:
+    """A helper's life. It holds the mailbox, which it may still be watching when its crew is gone."""
     while orders.get():
         call.function(ctypes.byref(call.bounds), ctypes.byref(call.arguments))
 
@@ -176,7 +182,7 @@ class Crew:
         for call, line in zip(self._follow, self._mailbox):
             call.arguments.mailbox.data = line.ctypes.data
         self._call = (ctypes.byref(self._lead.bounds), ctypes.byref(self._lead.arguments))
-        self._process = 0
+        self._process = self._turn = 0
         self._queues: list[SimpleQueue] = []
 
     def _start(self) -> None:
@@ -185,19 +191,22 @@ class Crew:
         self._mailbox[:, STATE] = ASLEEP
         self._queues = [SimpleQueue() for _ in self._follow]
         for call, orders in zip(self._follow, self._queues):
-            Thread(target=_help, args=(call, orders), daemon=True, name="pwm_fast physics").start()
+            Thread(target=_help, args=(call, orders, self._mailbox), daemon=True, name="pwm_fast physics").start()
         finalize(self, _dismiss, self._queues)
 
     def run(self, programs: Sequence[Program]) -> None:
         """Run the programs, one per thread; returns when all have ended."""
         if self._process != os.getpid():
             self._start()
-        lines = self._lines
+        lines, self._turn = self._lines, self._turn + 1
         for i, (program, orders) in enumerate(zip(programs[1:], self._queues)):
             line = i * LINE
             lines[line + TABLE] = program.address
             lines[line + ROWS] = program.rows
-            if lines[line + STATE] == ASLEEP:
+            lines[line + TURN] = self._turn
+            asleep = lines[line + STATE] == ASLEEP
+            lines[line + WOKEN] = asleep
+            if asleep:
                 lines[line + STATE] = POSTED
                 orders.put(True)
         table = self._lead.arguments.table
