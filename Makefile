@@ -3,7 +3,7 @@
 #   PYTHON    the interpreter to build on (3.10, 3.11 or 3.12); found by itself
 #   PIP_ARGS  extra arguments for pip, such as --index-url for torch wheels without CUDA (a few GB less)
 #   TASK, ARGS         make demo TASK=hopper ARGS="--seeds 4"
-#   PYTEST_ARGS        make test PYTEST_ARGS="-n 2 -k sampling"
+#   PYTEST_ARGS        make test PYTEST_ARGS="-n 0 -k sampling"
 VENV ?= .venv
 PIP_ARGS ?=
 TASK ?= humanoid
@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m pwm_fast.extract --task $(TASK) $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow" -n auto $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .

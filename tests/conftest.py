@@ -69,8 +69,9 @@ def command_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def call() -> Callable[..., int]:
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run a command in this process: call("evaluate", "RUN", "--seed", 5) is its exit code."""
+    monkeypatch.setenv("COLUMNS", "200")  # names of files are whole in tables, wherever pytest puts its folders
     from pwm_fast.errors import run_command
 
     def run(command: str, *arguments: object) -> int:
