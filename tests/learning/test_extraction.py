@@ -12,6 +12,7 @@ from naive import NaiveExtraction
 from small import ACTION_DIM, OBS_DIM, extraction, relative, start_obs, world_model
 
 from pwm_fast.kernels import td_lambda
+from pwm_fast.kernels.triton_support import refusal
 from pwm_fast.learning import noise as counter_noise
 from pwm_fast.learning.extraction import PRESETS, Extraction, ExtractionConfig, preset
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
@@ -42,10 +43,9 @@ def reference() -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(np.array(file[name])) for name in file.files}
 
 
-@pytest.fixture
-def reference_extraction(reference: dict[str, torch.Tensor]) -> Extraction:
+def reference_extraction(reference: dict[str, torch.Tensor], dtype: torch.dtype) -> Extraction:
     """Our extraction with the recorded world model and initial networks; the recording kept its learning rate."""
-    model = WorldModel(WorldModelConfig(10, 3, 16, 24, 24, 2, num_tasks=30, task_dim=64)).double()
+    model = WorldModel(WorldModelConfig(10, 3, 16, 24, 24, 2, num_tasks=30, task_dim=64)).to(dtype)
     recorded = {k.removeprefix("world_model/"): v for k, v in reference.items() if k.startswith("world_model/")}
     statistics = {name: value for name, value in model.state_dict().items() if name not in recorded}
     assert set(statistics) == {"obs_mean", "obs_std", "reward_scale"}  # identities in a new model
@@ -60,10 +60,23 @@ def reference_extraction(reference: dict[str, torch.Tensor]) -> Extraction:
     return ext
 
 
+@pytest.mark.parametrize(
+    "backend, dtype, tolerance",
+    [("torch", torch.float64, 1e-9), ("triton", torch.float32, 1e-4)],  # 5e-5 the loss, a small mean; else 2e-6
+    ids=["float64", "float32-triton"],
+)
 def test_two_updates_of_the_published_code(
-    reference: dict[str, torch.Tensor], reference_extraction: Extraction
+    reference: dict[str, torch.Tensor],
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ext, tolerance = reference_extraction, 1e-9
+    if backend == "triton" and (reason := refusal(torch.empty(1))):
+        pytest.skip(reason)
+    monkeypatch.setenv("PWM_FAST_BACKEND", backend)
+    ext = reference_extraction(reference, dtype)
+    reference = {k: v.to(dtype) for k, v in reference.items()}
     for step in range(2):
         recorded = {k.removeprefix(f"step{step}/"): v for k, v in reference.items() if k.startswith(f"step{step}/")}
 
