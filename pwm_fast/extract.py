@@ -21,7 +21,7 @@ from pwm_fast import backend
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.packed import unpack
 from pwm_fast.envs import registry
-from pwm_fast.errors import positive, run_command
+from pwm_fast.errors import check_device, positive, run_command
 from pwm_fast.learning.captured import RING
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import preset
@@ -122,10 +122,7 @@ def check(options: Options) -> None:
             positive(name, getattr(options, name))
     if options.seed < 0:
         raise ValueError(f"seed must be >= 0, got {options.seed}")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {options.device}: torch {torch.__version__} sees no GPU; use --device cpu")
-    if options.precision != "fp32" and options.device == "cpu":
-        raise ValueError(f"precision {options.precision} needs a GPU (--device cuda), got --device cpu")
+    check_device(options.device, options.precision)
     if (options.world_model is None) != (options.data is None):
         raise ValueError("--world-model and --data go together: the model and the episodes it starts from")
     preset(options.preset)

@@ -17,8 +17,9 @@ import torch
 from pwm_fast import backend
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
-from pwm_fast.errors import positive, run_command
+from pwm_fast.errors import check_device, positive, run_command
 from pwm_fast.learning.pretraining import PRESETS, StoreTraining
+from pwm_fast.learning.pretraining_graph import PretrainingGraph
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.progress import Interrupt, Progress, resume_command
 from pwm_fast.run_folder import RunFolder, latest_path, new_path, versions
@@ -51,6 +52,10 @@ class Options:
     """Continue the run in --out exactly."""
     seed: int = 0
     """Of initialisation, split and batches."""
+    device: str = "cpu"
+    """cpu or cuda; there a step is one captured graph."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of matrix products (tf32), or autocast with float32 parameters (bf16); below fp32 needs a GPU."""
     threads: int | None = None
     """CPU threads (default: all)."""
     checkpoint_minutes: float = 2.0
@@ -61,6 +66,7 @@ def main(options: Options) -> int:
     for name in ("steps", "batch_size", "horizon", "checkpoint_minutes"):
         if getattr(options, name) is not None:
             positive(name, getattr(options, name))
+    check_device(options.device, options.precision)
     task = registry.get(options.task)
     if options.threads is not None:
         positive("threads", options.threads)
@@ -83,12 +89,14 @@ def main(options: Options) -> int:
         steps=options.steps,
         batch_size=options.batch_size or usual.batch_size,
         horizon=options.horizon or usual.horizon,
+        precision=options.precision,
     )
-    model = WorldModel(architecture)
+    model = WorldModel(architecture).to(options.device)
     with RunFolder(out, resume=options.resume) as folder:
         recorded = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
         folder.begin(recorded, free=("out", "resume", "threads", "checkpoint_minutes"))
-        print(f"{backend.describe()} · {torch.get_num_threads()} threads")
+        where = f"{options.device} {options.precision}"
+        print(f"{backend.describe(options.device)} · {where} · {torch.get_num_threads()} threads")
         print(f"world model {options.size}: {model.num_parameters / 1e6:.2f}M parameters · data: {store!r}")
         training = StoreTraining(store, model, config, options.seed)
         state = folder.load_checkpoint() if options.resume else None
@@ -109,8 +117,13 @@ def _run(training: StoreTraining, folder: RunFolder, options: Options, task: str
         Interrupt() as interrupt,
         Progress(f"pre-training {task}", options.steps, start=learner.step_count) as progress,
     ):
+        graph = PretrainingGraph(learner, LOG_EVERY) if options.device.startswith("cuda") else None
         while learner.step_count < options.steps and not interrupt:
-            terms = learner.step()
+            if graph is None:
+                terms = learner.step()
+            else:  # up to the next row of metrics
+                ahead = min(LOG_EVERY - learner.step_count % LOG_EVERY, options.steps - learner.step_count)
+                terms = {name: float(values[-1]) for name, values in graph.run(ahead).items()}
             step = learner.step_count
             row: dict[str, Any] = {}
             if step % LOG_EVERY == 0 or step == options.steps:
@@ -135,7 +148,8 @@ def provenance(task: str, options: Options, training: StoreTraining, store: Epis
     return {
         "task": task,
         "command": f"python -m pwm_fast.pretrain --task {task} --size {options.size} --latent {options.latent} "
-        f"--steps {options.steps} --batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}",
+        f"--steps {options.steps} --batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}"
+        + f" --precision {config.precision}" * (config.precision != "fp32"),
         "data": {
             "episodes": store.num_episodes,
             "transitions": store.num_transitions,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from pwm_fast.errors import Interrupted, nearest, one_line, positive, run, run_command
 
@@ -111,6 +112,20 @@ def test_interruptions_say_how_to_go_on(stop, code: int, text: str, capsys):
     assert run(function) == code
     shown = capsys.readouterr().err
     assert text in shown and "Traceback" not in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command, options, text",
+    [
+        ("extract", {"--device": "cuda"}, "sees no GPU; use --device cpu"),
+        ("pretrain", {"--data": "x", "--device": "cuda:1"}, "sees no GPU; use --device cpu"),
+        ("pretrain", {"--data": "x", "--precision": "bf16"}, "precision bf16 needs a GPU (--device cuda), got"),
+    ],
+)
+def test_what_only_a_gpu_can_is_refused_without_one(command: str, options: dict, text: str, call, capsys):
+    assert call(command, "--task", "hopper", *(part for pair in options.items() for part in pair)) == 2
+    assert text in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_closed_pipe_is_no_error():
