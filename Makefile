@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m pwm_fast.extract --task $(TASK) $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow" -n auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check .
