@@ -131,12 +131,6 @@ def weight_grad(
     return torch.bmm(dy.mT, _spread(x, groups), out=out)
 
 
-@torch.no_grad()
-def bias_grad(dy: Tensor, out: Tensor | None = None) -> Tensor:
-    """db [G, out]: dy [G, R, out] summed over rows."""
-    return torch.sum(dy, 1, out=out) if out is not None else dy.sum(1)
-
-
 GATE = 1e-6  # relative error against float64: fp32 GEMMs of these sizes stay below 5e-7, bf16 ones are near 3e-3
 
 

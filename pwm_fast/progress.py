@@ -248,11 +248,6 @@ class Interrupt:
             raise Interrupted(text, code=128 + self._signal)
 
 
-def ignore_interrupts() -> None:
-    """For worker processes: Ctrl-C reaches the whole process group, and stopping is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def resume_command(module: str, out: str | os.PathLike[str], argv: Sequence[str] | None = None) -> str:
     """The command line that continues a run: the one that began it, with --out and --resume made explicit."""
     given = list(sys.argv[1:] if argv is None else argv)

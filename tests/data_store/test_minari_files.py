@@ -11,7 +11,7 @@ from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.minari_files import MinariData
 from pwm_fast.data.stored_zip import ForeignFileError
 
-minari = pytest.importorskip("minari")
+minari = pytest.importorskip("minari", reason="reads data sets with the minari package: pip install 'pwm_fast[minari]'")
 LENGTHS = [5, 3, 8]
 PLAIN = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 GOAL = spaces.Dict({"observation": PLAIN, "goal": spaces.Box(-1, 1, (2,), np.float64)})
