@@ -55,6 +55,8 @@ class Extraction:
 
     `task_ids` [P] are the world model's task indices (None: it has no embedding); `seeds` [P] determine everything a
     policy draws (initial weights, noise, minibatch order), whoever shares the batch. `tasks` [P] are names for files.
+    `dims` [P] are the tasks' own (observation, action) sizes where the world model's are padded to its widest task's:
+    actions beyond are 0, and finished policies take and give what the task has.
     `precision`: "fp32"; "tf32" for the matrix products on CUDA; "bf16" for dynamics, reward and termination networks in
     bfloat16, the latents, actors, critics and optimisers staying float32 (with products as of "tf32").
     A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
@@ -72,6 +74,7 @@ class Extraction:
         total_steps: int = 10_000,
         tasks: Sequence[str] | None = None,
         precision: str = "fp32",
+        dims: Sequence[tuple[int, int]] | None = None,
     ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -84,6 +87,9 @@ class Extraction:
         if len(self.tasks) != len(self.seeds):
             raise ValueError(f"tasks must name {len(self.seeds)} policies, got {len(self.tasks)}")
         self.task_ids = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.int64)
+        self.dims = None if dims is None else [(int(s), int(a)) for s, a in dims]
+        if self.dims is not None and len(self.dims) != len(self.seeds):
+            raise ValueError(f"dims must give the sizes of {len(self.seeds)} policies, got {len(self.dims)}")
         if self.task_ids is not None and self.task_ids.shape != (len(self.seeds),):
             raise ValueError(f"task_ids must have shape ({len(self.seeds)},), got {tuple(self.task_ids.shape)}")
         self.set_world_model(world_model)
@@ -94,6 +100,10 @@ class Extraction:
         c, w = config, world_model.config
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         self.actor = Actor(self.seeds, w.latent_dim, w.action_dim, c.actor_units, **options)
+        if self.dims is not None:
+            if wrong := [d for d in self.dims if not (0 < d[0] <= w.obs_dim and 0 < d[1] <= w.action_dim)]:
+                raise ValueError(f"dims must be within the world model's {(w.obs_dim, w.action_dim)}, got {wrong[0]}")
+            self.actor.restrict([action_dim for _, action_dim in self.dims])
         self.critic = Critic(self.seeds, w.latent_dim, c.num_critics, c.critic_units, **options)
         self.actor_adam = Adam(self.actor.parameters, len(self.seeds), c.betas)
         self.critic_adam = Adam(self.critic.parameters, len(self.seeds), c.betas)
@@ -153,7 +163,8 @@ class Extraction:
         """The actors' noise [P, H, B, A] of gradient step number `step` [] int64."""
         c = self.config
         shape = (c.horizon, c.batch_size, self.world_config.action_dim)
-        return counter_noise.normal(self.seed_tensor, step, counter_noise.ACTION_NOISE, shape, self._dtype)
+        noise = counter_noise.normal(self.seed_tensor, step, counter_noise.ACTION_NOISE, shape, self._dtype)
+        return noise if self.actor.mask is None else noise * self.actor.mask[:, None]
 
     @torch.no_grad()
     def step_along(
@@ -342,23 +353,27 @@ class Extraction:
             FrozenLayer(s.weight.clone(), s.bias.clone(), s.activation, _copy(s.ln_weight), _copy(s.ln_bias))
             for s in self.imagination.encoder.layers
         ]
-        out, rows = [], self.average if averaged else self.actor.parameters.flat
+        out, rows, w = [], self.average if averaged else self.actor.parameters.flat, self.world_config
+        last = f"{self.actor.mlp.depth - 1}."
         for i, task in enumerate(self.tasks):
+            obs_dim, action_dim = self.dims[i] if self.dims is not None else (w.obs_dim, w.action_dim)
             layers = [replace(s, bias=s.bias[i if len(s.bias) > 1 else 0][None]) for s in encoder]
-            actor = Actor([0], self.world_config.latent_dim, self.world_config.action_dim, self.config.actor_units,
-                          self._dtype, self._device)  # fmt: skip
-            actor.parameters.flat[0].copy_(rows[i])
-            out.append(Policy(layers, actor, self._describe(i, task)))
+            layers[0] = replace(layers[0], weight=layers[0].weight[:, :obs_dim])  # what pads an observation is 0
+            actor = Actor([0], w.latent_dim, action_dim, self.config.actor_units, self._dtype, self._device)
+            for name, value in self.actor.parameters.of(rows[i]).items():
+                own = name.startswith(last) or name == "log_std"
+                actor.parameters[name][0].copy_(value[:action_dim] if own else value)
+            out.append(Policy(layers, actor, self._describe(i, task, obs_dim, action_dim)))
         return out
 
-    def _describe(self, policy: int, task: str) -> dict[str, Any]:
+    def _describe(self, policy: int, task: str, obs_dim: int, action_dim: int) -> dict[str, Any]:
         w = self.world_config
         return {
             "format": FORMAT,
             "task": task,
             "seed": self.seeds[policy],
-            "obs_dim": w.obs_dim,
-            "action_dim": w.action_dim,
+            "obs_dim": obs_dim,
+            "action_dim": action_dim,
             "latent_dim": w.latent_dim,
             "encoder_units": [s.weight.shape[0] for s in self.imagination.encoder.layers[:-1]],
             "actor_units": list(self.config.actor_units),

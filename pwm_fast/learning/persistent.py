@@ -24,8 +24,11 @@ def use_persistent_kernels(extraction: Extraction, beside: bool = False) -> None
 
     `beside`: rollouts and critics may run at the same time, so each gets half of the multiprocessors. If both wanted
     them all, each could hold some and wait for the rest for ever.
-    Raises RuntimeError where Triton cannot run, ValueError for shapes that the kernels do not take.
+    Raises RuntimeError where Triton cannot run, ValueError for shapes that the kernels do not take and for tasks of
+    different actions, which they do not mask.
     """
+    if extraction.actor.mask is not None:
+        raise ValueError("persistent kernels take tasks of equal sizes; use --execution.no-persistent")
     if extraction.critic_epochs is None:
         programs = max(1, resident_programs(extraction.iteration.device) // (2 if beside else 1))
         extraction.imagination.recurrence = PersistentRollout(extraction, programs)

@@ -41,12 +41,14 @@ class FlatParameters:
         self.size = size
         self.flat = torch.zeros(members, size, dtype=dtype, device=device)
         self.grad = torch.zeros_like(self.flat)
-        self.views = {name: self._view(self.flat, name) for name in self.shapes}
-        self.grads = {name: self._view(self.grad, name) for name in self.shapes}
+        self.views, self.grads = self.of(self.flat), self.of(self.grad)
 
-    def _view(self, rows: Tensor, name: str) -> Tensor:
-        shape, start = self.shapes[name], self._offsets[name]
-        return rows[:, start : start + prod(shape)].view(self.members, *shape)
+    def of(self, rows: Tensor) -> dict[str, Tensor]:
+        """The named tensors [..., *shape] in rows [..., n] that are laid out as these."""
+        return {
+            name: rows[..., start : start + prod(self.shapes[name])].view(*rows.shape[:-1], *self.shapes[name])
+            for name, start in self._offsets.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self.views[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,7 @@ class Actor:
         )
         self.parameters = self.mlp.parameters
         self.parameters["log_std"].fill_(INITIAL_LOG_STD)
+        self.mask: Tensor | None = None  # [P, 1, A]
         for policy, seed in enumerate(seeds):
             self._initialise(policy, seed)
 
@@ -64,6 +66,18 @@ class Actor:
                 value = self.parameters[name][policy]
                 start = torch.empty(value.shape, dtype=torch.float64)
                 value.copy_(start.uniform_(-bound, bound, generator=generator))
+
+    def restrict(self, action_dims: Sequence[int]) -> None:
+        """Let actor p use its first `action_dims[p]` actions only: the others are 0 without noise, and stay so.
+
+        TD-MPC2's action mask (Hansen et al. 2024, section 3.2): tasks of one world model differ in their actions.
+        """
+        last = self.mlp.depth - 1
+        numbers = torch.arange(self.mlp.widths[-1], device=self.parameters.flat.device)
+        dims = torch.as_tensor(list(action_dims), device=numbers.device)
+        self.mask = (numbers < dims[:, None])[:, None].to(self.parameters.flat.dtype)
+        self.parameters[f"{last}.weight"].mul_(self.mask.mT)
+        self.parameters[f"{last}.bias"].mul_(self.mask[:, 0])
 
     def clamp_log_std(self, minimum: float) -> None:
         """Raise log_std to at least `minimum`, in the parameter itself."""
@@ -102,9 +116,9 @@ class Actor:
         """Gradient [P, R, Z] with respect to the latents."""
         return self.mlp.input_gradient(self._before_tanh(daction, sample), sample.activations)
 
-    @staticmethod
-    def _before_tanh(daction: Tensor, sample: ActionSample) -> Tensor:
-        return daction * (1 - sample.action.square())
+    def _before_tanh(self, daction: Tensor, sample: ActionSample) -> Tensor:
+        dmu = daction * (1 - sample.action.square())
+        return dmu if self.mask is None else dmu * self.mask
 
 
 class Policy:
