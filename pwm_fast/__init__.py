@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pwm_fast.learning.job import extract_policies
+    from pwm_fast.learning.waves import extract_policies
     from pwm_fast.models.policy import Policy
     from pwm_fast.models.world_model import WorldModel
 
@@ -17,7 +17,7 @@ __all__ = ["Policy", "WorldModel", "__version__", "extract_policies"]
 _HOMES = {
     "WorldModel": "pwm_fast.models.world_model",
     "Policy": "pwm_fast.models.policy",
-    "extract_policies": "pwm_fast.learning.job",
+    "extract_policies": "pwm_fast.learning.waves",
 }
 
 

@@ -18,28 +18,25 @@ import torch
 from rich.text import Text
 
 from pwm_fast import backend
+from pwm_fast.closing import Settings, close
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.packed import unpack
 from pwm_fast.envs import registry
 from pwm_fast.errors import check_device, positive, run_command
-from pwm_fast.learning.captured import RING
 from pwm_fast.learning.execution import ExecutionConfig
-from pwm_fast.learning.extraction import preset
+from pwm_fast.learning.extraction import ExtractionConfig, preset
 from pwm_fast.learning.finetuning import RoundConfig
 from pwm_fast.learning.job import Budget, Job, make_job
-from pwm_fast.learning.memory import population_memory
+from pwm_fast.learning.members import Member
+from pwm_fast.learning.waves import Waves, fits, memory_of
 from pwm_fast.models.world_model import WorldModel
-from pwm_fast.pictures import curve, rollout_gif, series
 from pwm_fast.progress import Interrupt, Phases, Progress, make_console, resume_command
-from pwm_fast.results import print_closing, real_returns, summarise
 from pwm_fast.run_folder import RunFolder, latest_path, new_path
 from pwm_fast.shipped import Prepared, prepared
 
-EVALUATION_EPISODES, EVALUATION_SEED = 16, 10_000
 CLOSING_SECONDS = 40.0  # kept back for the last evaluation and the pictures
 PREPARATION_SHARE, PREPARATION_MINUTES = 0.6, 10.0  # of a run's time, where the world model has to be built first
 BUILT_SIZE = "1M"
-EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,8 @@ class Options:
     """World-model file (default: the task's shipped or cached one)."""
     data: Path | None = None
     """Episode store for start states and rehearsal (default: what comes with the world model)."""
-    finetune: bool = True
-    """Let the world model learn from the policies' own real episodes."""
+    finetune: bool = False
+    """Let the world model learn from the policies' own real episodes, and extract along them."""
     start: Literal["cloned", "scratch"] = "cloned"
     """Where policies start: imitating the best of the data, or random."""
     preset: str = "fast"
@@ -105,12 +102,12 @@ def main(options: Options) -> int:
     tasks = [name for given in options.task for name in (registry.names(given) if given in registry.SETS else [given])]
     for name in tasks:
         registry.get(name)
-    if options.out is not None and len(tasks) > 1:
+    model = None if options.world_model is None else WorldModel.load(options.world_model, options.device)
+    if len(tasks) > 1 and not (model is not None and model.config.num_tasks):
         for name in tasks:
-            extract(replace(options, out=options.out / name), name)
+            extract(replace(options, out=options.out and options.out / name), [name], model)
     else:
-        for name in tasks:
-            extract(options, name)
+        extract(options, tasks, model)
     return 0
 
 
@@ -133,51 +130,73 @@ def check(options: Options) -> None:
         torch.set_num_threads(options.threads)
 
 
-def extract(options: Options, name: str) -> Path:
-    """One task from start to closing table; returns the run folder."""
-    task, phases, console = registry.get(name), Phases(), make_console()
+def extract(options: Options, tasks: Sequence[str], given: WorldModel | None = None) -> Path:
+    """One task, or several of one world model, from start to closing table; returns the run folder."""
+    phases, console = Phases(), make_console()
+    title = registry.get(tasks[0]).title if len(tasks) == 1 else f"{len(tasks)} tasks"
     minutes = options.minutes or (None if options.steps else 10.0)
-    out = options.out or (latest_path(name) if options.resume else new_path(name))
-    seeds = list(range(options.seed, options.seed + options.seeds))
+    label = tasks[0] if len(tasks) == 1 else "-".join(options.task)[:60]
+    out = options.out or (latest_path(label) if options.resume else new_path(label))
+    members = [Member(task, seed) for task in tasks for seed in range(options.seed, options.seed + options.seeds)]
     with RunFolder(out, resume=options.resume) as folder, Interrupt() as interrupt:
-        folder.begin(recorded(options, name), free=("out", "resume", "threads", "backend", "minutes"))
+        folder.begin(recorded(options, tasks), free=("out", "resume", "threads", "backend", "minutes"))
         with phases("set-up"):
-            found = source(options, name, minutes, console)
-            model = WorldModel.load(found.world_model, options.device)
+            found = source(options, tasks[0], minutes, console)
+            model = given or WorldModel.load(found.world_model, options.device)
             data = open_episodes(found.episodes, folder.file("data"))
-            setting = preset(options.preset)
-            rounds = options.rounds if options.finetune else replace(options.rounds, model_steps=0)
-            seconds = None if minutes is None else 60 * minutes
-            job = make_job(
-                name, model, data, seeds, Budget(options.steps, seconds), setting, rounds,
-                options.seed, options.threads, options.start, execution_of(options),
+            seconds = None if minutes is None else 60 * minutes * len(tasks)
+            setting, execution = preset(options.preset), execution_of(options)
+            waves = Waves(
+                lambda wave, budget: make_wave(options, wave, budget, model, data, setting, execution),
+                members, Budget(options.steps, seconds), fits(model, data, setting, execution),
             )  # fmt: skip
             state = folder.load_checkpoint() if options.resume else None
             if state is not None:
-                job.load_state_dict(state)
-        console.print(Text(f"{task.title}: {backend.describe(options.device)} · {options.device} {options.precision} · "
+                waves.load_state_dict(state)
+        console.print(Text(f"{title}: {backend.describe(options.device)} · {options.device} {options.precision} · "
                            f"{torch.get_num_threads()} threads"))  # fmt: skip
         console.print(Text(f"world model: {model.num_parameters / 1e6:.1f}M parameters, {found.origin}"))
-        if on_gpu(options):
-            console.print(Text(memory_line(job, data)))
+        if execution is not None:
+            parts = len(waves.waves)
+            line = memory_of(model, data, setting, execution).describe(
+                torch.cuda.mem_get_info(model.obs_mean.device)[0]
+            )
+            console.print(Text(line + (f"; {parts} waves" if parts > 1 else "")))
         console.print(Text(f"data: {data.num_episodes:,} pieces of episodes, {data.num_transitions:,} transitions"))
-        learn(job, folder, phases, options, minutes, interrupt, task)
-        return close(job, folder, phases, options, model, task, console, seeds)
+        learn(waves, folder, phases, options, interrupt, title)
+        settings = Settings(title, options.threads, options.device, options.precision, options.finetune)
+        close(waves, folder, phases, settings, model.provenance.get("data", {}), console)
+        return folder.path
+
+
+def make_wave(
+    options: Options,
+    wave: Sequence[Member],
+    budget: Budget,
+    model: WorldModel,
+    data: EpisodeStore,
+    setting: ExtractionConfig,
+    execution: ExecutionConfig | None,
+) -> Job:
+    """The job of some members."""
+    tasks, seeds = zip(*wave)
+    rounds = options.rounds if options.finetune else replace(options.rounds, model_steps=0)
+    return make_job(
+        tasks, model.copy() if options.finetune else model, data, seeds, budget, setting, rounds, options.seed,
+        options.threads, options.start, execution,
+    )  # fmt: skip
 
 
 def execution_of(options: Options) -> ExecutionConfig | None:
     """How gradient steps run: operation by operation on the CPU, by the switches on a GPU."""
-    return ExecutionConfig(**asdict(options.execution), precision=options.precision) if on_gpu(options) else None
+    on_gpu = options.device.startswith("cuda")
+    return ExecutionConfig(**asdict(options.execution), precision=options.precision) if on_gpu else None
 
 
-def on_gpu(options: Options) -> bool:
-    return options.device.startswith("cuda")
-
-
-def recorded(options: Options, name: str) -> dict[str, Any]:
+def recorded(options: Options, tasks: Sequence[str]) -> dict[str, Any]:
     """The options as JSON values, for run.json."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    return {**plain, "task": name}
+    return {**plain, "task": tasks[0] if len(tasks) == 1 else list(tasks)}
 
 
 def source(options: Options, name: str, minutes: float | None, console: Any) -> Prepared:
@@ -193,130 +212,48 @@ def source(options: Options, name: str, minutes: float | None, console: Any) -> 
     return found
 
 
-def memory_line(job: Job, data: EpisodeStore) -> str:
-    """What a policy takes on the GPU, and how many fit. Raises ValueError where the run's do not."""
-    learner = job.rounds.extraction
-    memory = population_memory(
-        learner.world_config, learner.config, start_states=data.num_rows, overlap=True, ring=RING,
-        low_precision=learner.precision == "bf16",
-    )  # fmt: skip
-    free = torch.cuda.mem_get_info(learner.iteration.device)[0]
-    if len(learner.seeds) > memory.fits(free):
-        raise ValueError(f"{len(learner.seeds)} policies do not fit ({memory.describe(free)}): use fewer --seeds")
-    return memory.describe(free)
-
-
 def open_episodes(path: Path, unpacked: Path) -> EpisodeStore:
     """A store, or the store made of a shipped pack."""
     return unpack(path, unpacked) if path.suffix == ".npz" else EpisodeStore.open(path)
 
 
-def learn(
-    job: Job,
-    folder: RunFolder,
-    phases: Phases,
-    options: Options,
-    minutes: float | None,
-    interrupt: Interrupt,
-    task: registry.Task,
-) -> None:
+def learn(waves: Waves, folder: RunFolder, phases: Phases, options: Options, interrupt: Interrupt, title: str) -> None:
     """Rounds with display, metrics and a checkpoint after each; raises Interrupted on Ctrl-C."""
-    extraction = job.rounds.extraction
-    if job.budget.seconds is not None:  # what set-up took and closing will take comes off the rounds' time
-        left = job.budget.seconds - sum(phases.seconds.values()) - CLOSING_SECONDS
-        job.budget = replace(job.budget, seconds=max(left, 0.2 * job.budget.seconds))
-    references = {"random": task.random_return, "paper": task.paper_return}
+    budget = waves.budget
+    if budget.seconds is not None:  # what set-up took and closing will take comes off the rounds' time
+        left = budget.seconds - sum(phases.seconds.values()) - CLOSING_SECONDS
+        waves.set_budget(replace(budget, seconds=max(left, 0.2 * budget.seconds)))
+    minutes = None if budget.seconds is None else budget.seconds / 60
+    tasks = {member.task for member in waves.members}
+    row = registry.get(waves.members[0].task)
+    references = {"random": row.random_return, "paper": row.paper_return} if len(tasks) == 1 else None
 
-    with Progress(task.title, extraction.total_steps, start=job.steps_done, minutes=minutes,
-                  references=references) as progress:  # fmt: skip
+    with Progress(title, waves.total_steps, start=waves.steps_done, minutes=minutes, references=references) as progress:
 
         def report(row: dict[str, Any]) -> None:
             minutes_passed = (row["seconds"] + phases.seconds.get("set-up", 0.0)) / 60
-            for i, seed in enumerate(extraction.seeds):
-                values = {k: float(v[i]) if isinstance(v, np.ndarray) else v for k, v in row.items() if k != "seconds"}
-                folder.add_metrics({"minutes": round(minutes_passed, 4), "seed": seed, **values})
+            arrays = {k: v for k, v in row.items() if k not in ("seconds", "members")}
+            for i, member in enumerate(row["members"]):
+                name = {"task": member.task} if len(tasks) > 1 else {}
+                values = {k: float(v[i]) if isinstance(v, np.ndarray) else v for k, v in arrays.items()}
+                folder.add_metrics({"minutes": round(minutes_passed, 4), **name, "seed": member.seed, **values})
                 if row["diverged"][i]:
-                    progress.note(f"seed {seed} diverged and was stopped as it was before; the others go on")
-            folder.save_checkpoint(job.state_dict())
-            progress.total = extraction.total_steps
+                    progress.note(f"{' '.join(name.values())} seed {member.seed} diverged and was stopped as it was "
+                                  "before; the others go on".lstrip())  # fmt: skip
+            folder.save_checkpoint(waves.state_dict())
+            progress.total = waves.total_steps
             progress.update(
-                row["step"],
+                waves.steps_done,
                 real=row["real_return"].mean(),
                 best=row["best_return"].mean(),
+                success=np.nanmean(row["success"]) if "success" in row else None,
                 imagined=row["imagined_return"].mean() if "imagined_return" in row else None,
                 imagined_over_real=row["imagined_over_real"].mean(),
             )
 
-        finished = job.run(report, progress.update, lambda: bool(interrupt), phases)
+        finished = waves.run(report, progress.update, lambda: bool(interrupt), phases)
     if not finished:
         interrupt.raise_if_set(f"saved; resume with: {resume_command('pwm_fast.extract', folder.path)}")
-
-
-def close(
-    job: Job,
-    folder: RunFolder,
-    phases: Phases,
-    options: Options,
-    model: WorldModel,
-    task: registry.Task,
-    console: Any,
-    seeds: Sequence[int],
-) -> Path:
-    """Last evaluation, files and pictures, closing table."""
-    policies = job.rounds.best()
-    with phases("evaluation"):
-        results = [
-            real_returns(p, task.name, EVALUATION_EPISODES, EVALUATION_SEED, record=True, threads=options.threads)
-            for p in policies
-        ]
-    best = int(np.argmax([r.mean for r in results]))
-    with phases("files and pictures"):
-        for i, seed in enumerate(seeds):
-            if len(seeds) > 1:
-                folder.save_policy(policies[i], seed)
-        folder.save_policy(policies[best])
-        data = model.provenance.get("data", {})
-        rows = folder.metrics()
-        cloned = [row["real_return"] for row in rows if row["step"] == 0]
-        cloning = float(np.mean(cloned)) if cloned else None
-        levels = {
-            "paper": task.paper_return,
-            "random": task.random_return,
-            "data, best": data.get("return_best"),
-            "data, mean": data.get("return_mean"),
-            "cloning": cloning,
-        }
-        curve(folder.file("curve.png"), f"{task.title}: real return while extracting", series(rows, "real_return"),
-              series(rows, "imagined_return"), levels=levels)  # fmt: skip
-        joint_q = results[best].joint_q
-        if joint_q is not None:
-            rollout_gif(folder.file("rollout.gif"), task.name, joint_q)
-    summary = summarise(
-        task=task.name,
-        seeds=seeds,
-        steps=job.steps_done,
-        returns=[r.returns.tolist() for r in results],
-        evaluation_seed=EVALUATION_SEED,
-        random_return=task.random_return,
-        paper_return=task.paper_return,
-        seconds=phases.seconds,
-        backend=backend.resolve(device=options.device),
-        precision=options.precision,
-        data_mean=data.get("return_mean"),
-        data_best=data.get("return_best"),
-        cloning_return=cloning,
-        finetune=options.finetune,
-    )
-    folder.write_summary(summary)
-    warnings = []
-    gauge = float(np.mean([r["imagined_over_real"] for r in rows[-len(seeds) :]])) if rows else 1.0
-    if gauge > EXPLOITED:
-        warnings.append(f"imagined reward is {gauge:.1f} times the real one: the policy exploits the model's errors")
-    for i, seed in enumerate(seeds):
-        if job.rounds.diverged()[i]:
-            warnings.append(f"seed {seed} diverged; its policy is the best one before that")
-    print_closing(console, summary, folder.path, warnings)
-    return folder.path
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 run.json                   the options the run was begun with
 metrics.csv                a row per logged step
 checkpoint.safetensors     the whole state for an exact resume
-policy.safetensors, .json  the best policy; seed_0/, seed_1/, ... hold each seed's where there are several
+policy.safetensors, .json  the best policy; seed_0/, seed_1/, ... hold each seed's where there are several; of several
+                           tasks each has a folder of its own with all these
 summary.json               the result
 curve.png, rollout.gif     pictures
 """
@@ -99,7 +100,8 @@ class RunFolder:
             raise FileNotFoundError(f"nothing to resume in {self.path}: leave out --resume to begin a run there")
         self._is_new, self._is_made = not present, not self.path.exists()
         self._lock = self._claim()
-        for part in [*self.path.glob(f".*{PART}"), *self.path.glob(f"seed_*/.*{PART}")]:  # a killed process left them
+        for part in [p for where in ("", "seed_*/", "*/seed_*/") for p in self.path.glob(f"{where}.*{PART}")]:
+            # a killed process left it
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         self._columns: list[str] | None = None
         self._rows = 0
@@ -256,13 +258,13 @@ class RunFolder:
         self._truncate(tree["metrics_rows"])
         return tree["state"]
 
-    def save_policy(self, policy: SavesItself, seed: int | None = None) -> None:
-        """Save into the folder, or into seed_N/; each file is replaced whole."""
-        target = self.path if seed is None else self.path / f"seed_{seed}"
+    def save_policy(self, policy: SavesItself, seed: int | None = None, task: str = "") -> None:
+        """Save into the folder, or its seed_N/, in that of a task where one is given; each file is replaced whole."""
+        target = self.path / task / ("" if seed is None else f"seed_{seed}")
         staging = self.path / f".policy{PART}"
         staging.mkdir(exist_ok=True)
         try:
-            target.mkdir(exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
             try:
                 policy.save(staging)
             except (OSError, SafetensorError) as error:

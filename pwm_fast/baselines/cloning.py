@@ -6,6 +6,8 @@ finds the model's errors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,6 +26,7 @@ def clone(
     extraction: Extraction,
     world_model: WorldModel,
     store: EpisodeStore,
+    episodes: Sequence[np.ndarray] | None = None,
     share: float | None = None,
     steps: int = 4000,
     batch_size: int = 256,
@@ -31,15 +34,20 @@ def clone(
 ) -> None:
     """Set the extraction's actors, each by its own seed, to regress the actions of the best episodes (Adam, MSE).
 
-    `share` of the transitions: by default a tenth, and of a small store as much as gives `ENOUGH`, at most 60%.
+    `episodes` [P]: ids of those that each policy may learn from (default: all). `share` of their transitions: by
+    default a tenth, and of few as much as gives `ENOUGH`, at most 60%.
     Raises ValueError for a share outside (0, 1] or steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
-    if share is None:
-        share = min(max(0.1, ENOUGH / store.num_transitions), 0.6)
-    ids, actor, policies = best_episodes(store, share), extraction.actor, len(extraction.seeds)
-    samplers = [WindowSampler(store, 1, ids, seed=seed) for seed in extraction.seeds]
+    actor, policies = extraction.actor, len(extraction.seeds)
+    own = [np.arange(store.num_episodes)] * policies if episodes is None else list(episodes)
+    best: dict[bytes, np.ndarray] = {}  # of each different choice once
+    for ids in own:
+        if ids.tobytes() not in best:
+            enough = min(max(0.1, ENOUGH / int(store.lengths[ids].sum())), 0.6)
+            best[ids.tobytes()] = best_episodes(store, enough if share is None else share, ids)
+    samplers = [WindowSampler(store, 1, best[ids.tobytes()], seed=s) for ids, s in zip(own, extraction.seeds)]
     actor.parameters["log_std"].fill_(LOG_STD)
     device = actor.parameters.flat.device
     optimizer = Adam(actor.parameters, policies, (0.9, 0.999))

@@ -20,15 +20,17 @@ TOP_SHARE = 0.2  # of transitions, in the best episodes
 FROM_TOP = 0.8  # of the pieces
 
 
-def best_episodes(store: EpisodeStore, share: float) -> np.ndarray:
-    """Ids of the episodes with the highest returns that hold `share` of the transitions, worst first.
+def best_episodes(store: EpisodeStore, share: float, episodes: np.ndarray | None = None) -> np.ndarray:
+    """Ids of the episodes, of all or of some, with the highest returns that hold `share` of their transitions.
 
-    Pieces of episodes are ranked by the whole episodes' returns. Raises ValueError for a share outside (0, 1].
+    Worst first. Pieces of episodes are ranked by the whole episodes' returns.
+    Raises ValueError for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
     returns = np.asarray(store.meta.get("episode_return", store.statistics()["returns"]))
-    order = np.argsort(returns, kind="stable")
+    ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes)
+    order = ids[np.argsort(returns[ids], kind="stable")]
     held = np.cumsum(store.lengths[order][::-1])[::-1]  # by each episode and all better ones
     return order[min(int(np.searchsorted(-held, -share * held[0])), len(order) - 1) :]
 

@@ -31,6 +31,7 @@ class EpisodeResults:
     lengths: np.ndarray
     episodes: list[Episode] | None = None
     joint_q: np.ndarray | None = None
+    successes: np.ndarray | None = None
 
     @property
     def mean(self) -> float:

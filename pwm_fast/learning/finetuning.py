@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 
 from pwm_fast.baselines.cloning import clone
-from pwm_fast.data.collect import derived_seed, one_torch_thread
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
-from pwm_fast.envs.evaluation import Episode, evaluate
 from pwm_fast.learning.captured import StepGraph
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.experience import Experience
 from pwm_fast.learning.extraction import Extraction
+from pwm_fast.learning.members import episodes_of, widened
 from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
+from pwm_fast.learning.reality import Look, imagined_over_real, real_episodes, returns_to_go
 from pwm_fast.learning.step_inputs import StagedStates, StagedTrajectories, StartTable, start_rows
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
-GAUGE_STEPS = 200
 TABLE_BYTES = 4 * 10**9  # start states that take more stay on the host
 Timed = Callable[[str], AbstractContextManager[Any]]
 
@@ -69,13 +68,13 @@ class RoundConfig:
 class ExtractionRounds:
     """The loop's state: world model, its optimiser, the policies, their practice and the best of them.
 
-    `data` gives old windows, and start states where the model is frozen. Everything is a function of the seeds and the
-    number of rounds done. With `execution` steps run over static memory (`StepGraph`), to the same numbers.
+    Each policy learns the task that the extraction names for it; fine-tuning is for one task. `data` gives old windows,
+    and start states where the model is frozen. Everything is a function of the seeds and the number of rounds done.
+    With `execution` steps run over static memory (`StepGraph`), to the same numbers.
     """
 
     def __init__(
         self,
-        task: str,
         world_model: WorldModel,
         extraction: Extraction,
         data: EpisodeStore,
@@ -84,7 +83,7 @@ class ExtractionRounds:
         threads: int | None = None,
         execution: ExecutionConfig | None = None,
     ):
-        self.task = registry.get(task)
+        self.tasks = [registry.get(name) for name in extraction.tasks]
         self.execution = execution
         self._graph: StepGraph | None = None
         self.world_model, self.extraction, self.config = world_model, extraction, config
@@ -92,22 +91,31 @@ class ExtractionRounds:
         self.rounds_done = 0
         self.cloned = False  # whether the actors began as clones
         population = len(extraction.seeds)
-        self.best_return = np.full(population, -np.inf)
+        self.best_return = np.full(population, -np.inf)  # of the policies of highest merit
+        self._best_merit = np.full(population, -np.inf)
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
         self._best_actor: list[dict[str, Tensor]] = [{} for _ in extraction.seeds]
         self.rollbacks = np.zeros(population, np.int64)
         self._data = data
-        self._starts = [WindowSampler(data, 1, seed=s) for s in extraction.seeds]
+        self._episodes = {task.name: episodes_of(data, task.name) for task in self.tasks}
+        self._starts = [
+            WindowSampler(data, 1, self._episodes[task.name], seed=seed)
+            for task, seed in zip(self.tasks, extraction.seeds, strict=True)
+        ]
         usual = PRESETS[world_model.config.latent]
         self._longest = max(usual.horizon, extraction.config.horizon, config.practice_steps)  # window of practice
         self.experience: Experience | None = None
         if config.model_steps:
+            if len(self._episodes) > 1:
+                raise ValueError(
+                    f"fine-tuning learns one task at a time, got {', '.join(self._episodes)}: use --no-finetune"
+                )
             least = population * config.practice_envs * self._longest
             self.experience = Experience(
-                self.task, population, config.practice_envs, max(config.capacity, least), seed + 1, threads,
+                self.tasks[0], population, config.practice_envs, max(config.capacity, least), seed + 1, threads,
                 config.practice_length,
             )  # fmt: skip
-        self._old = WindowSampler(data, usual.horizon, seed=seed, partial=True)
+        self._old = WindowSampler(data, usual.horizon, self._episodes[self.tasks[0].name], seed, partial=True)
         self._model = Pretraining(
             world_model,
             replace(
@@ -122,15 +130,16 @@ class ExtractionRounds:
 
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
-        clone(self.extraction, self.world_model, self._data)
+        episodes = [self._episodes[task.name] for task in self.tasks]
+        clone(self.extraction, self.world_model, self._data, episodes)
         self.extraction.average.copy_(self.extraction.actor.parameters.flat)
         self.cloned = True
 
-    def fit_critics(self, episodes: list[list[Episode]]) -> None:
-        """Start the critics from the real discounted returns of each policy's own episodes [P][n]."""
-        gamma = self.extraction.config.gamma
-        obs = [torch.from_numpy(np.concatenate([e.obs[:-1] for e in found])) for found in episodes]
-        target = [torch.from_numpy(np.concatenate([returns_to_go(e, gamma) for e in found])) for found in episodes]
+    def fit_critics(self, looks: list[Look]) -> None:
+        """Start the critics from the real discounted returns of each policy's own episodes [P]."""
+        gamma, episodes = self.extraction.config.gamma, [look.judged + look.explored for look in looks]
+        obs = [torch.from_numpy(self._wide(np.concatenate([e.obs[:-1] for e in own]))) for own in episodes]
+        target = [torch.from_numpy(np.concatenate([returns_to_go(e, gamma) for e in own])) for own in episodes]
         self.extraction.fit_critics(obs, target)
 
     # one round -----------------------------------------------------------------------------------------------------
@@ -205,49 +214,56 @@ class ExtractionRounds:
         assert execution is not None
         if self.experience is not None and self.config.grounded:
             return StepGraph(learner, StagedTrajectories(learner), replace(execution, overlap=False))
-        if self.experience is not None or 4 * self._data.obs_dim * self._data.num_rows > TABLE_BYTES:
+        rows = sum(int(self._data.lengths[ids].sum()) for ids in self._episodes.values())
+        if self.experience is not None or 4 * self._data.obs_dim * rows > TABLE_BYTES:
             return StepGraph(learner, StagedStates(learner), execution)
-        return StepGraph(learner, StartTable(learner, start_rows(self._data)), execution)
+        tables = {name: start_rows(self._data, ids) for name, ids in self._episodes.items()}
+        ends = dict(zip(tables, np.cumsum([len(table) for table in tables.values()])))
+        count = [len(tables[task.name]) for task in self.tasks]
+        first = [ends[task.name] - n for task, n in zip(self.tasks, count)]
+        return StepGraph(learner, StartTable(learner, np.concatenate(list(tables.values())), first, count), execution)
 
     def look_at_reality(self) -> dict[str, np.ndarray]:
         """Real episodes of every policy with mean actions; returns [P] arrays, and updates the best policies.
 
-        `real_return`, `real_length`: their means. `imagined_over_real`: imagined over real reward in the first steps of
-        the same episodes; far above 1 is the sign of an exploited model.
+        `real_return`, `real_length`, `success` (where tasks tell): their means. `imagined_over_real`: imagined over
+        real reward in the first steps of the same episodes; far above 1 is the sign of an exploited model.
         """
         c = self.config
         policies = self._policies_here(averaged=True)
         explored = c.critic_episodes if self.cloned and self.rounds_done == 0 else 0
-        episodes = real_episodes(
-            self.task.name, policies, c.evaluation_episodes, explored, self.seed + 1, self.rounds_done, self.threads
-        )
-        means, lengths, gauges = [], [], []
-        for i, (policy, found) in enumerate(zip(policies, episodes, strict=True)):
-            judged = found[: c.evaluation_episodes]
-            means.append(float(np.mean([e.reward.sum() for e in judged])))
-            lengths.append(float(np.mean([len(e.reward) for e in judged])))
+        looks = real_episodes(
+            [task.name for task in self.tasks], policies, c.evaluation_episodes, explored, self.seed + 1,
+            self.rounds_done, self.threads,
+        )  # fmt: skip
+        gauges = []
+        for i, (policy, look) in enumerate(zip(policies, looks, strict=True)):
             there = policy.to(self.world_model.obs_mean.device)
-            gauges.append(imagined_over_real(self.world_model, there, judged, self._task_id(i)))
-            self._keep_best(i, means[-1], policy)
+            gauges.append(imagined_over_real(self.world_model, there, look.judged, self._task_id(i)))
+            self._keep_best(i, look, policy)
         if explored:
-            self.fit_critics(episodes)
-        return {
-            "real_return": np.array(means),
-            "real_length": np.array(lengths),
+            self.fit_critics(looks)
+        found = {
+            "real_return": np.array([look.real_return for look in looks]),
+            "real_length": np.array([look.length for look in looks]),
             "imagined_over_real": np.array(gauges),
             "rollbacks": self.rollbacks.copy(),
         }
+        if any(look.successes is not None for look in looks):
+            found["success"] = np.array([np.nan if k.successes is None else np.mean(k.successes) for k in looks])
+        return found
 
-    def _keep_best(self, i: int, real: float, policy: Policy) -> None:
+    def _keep_best(self, i: int, look: Look, policy: Policy) -> None:
         """Note a new best policy; take a clone that has lost its way back to it.
 
         What it did on the way has taught the model and the critics, so the next attempt is another one.
         """
         learner = self.extraction
-        if real > self.best_return[i]:
-            self.best_return[i], self.best_policy[i] = real, policy.tensors()
+        if look.merit > self._best_merit[i]:
+            self._best_merit[i], self.best_return[i] = look.merit, look.real_return
+            self.best_policy[i] = policy.tensors()
             self._best_actor[i] = learner.actor_adam.snapshot(i) | {"value": learner.average[i].clone()}
-        elif self.cloned and real < self.config.rollback * self.best_return[i]:
+        elif self.cloned and look.merit < self.config.rollback * self._best_merit[i]:
             learner.actor_adam.restore(i, self._best_actor[i])
             learner.average[i] = self._best_actor[i]["value"]
             self.rollbacks[i] += 1
@@ -279,7 +295,7 @@ class ExtractionRounds:
         """[P, B, S]: from the policies' own practice, or the data where there is none."""
         batch, experience = self.extraction.config.batch_size, self.experience
         if experience is not None:
-            return np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)])
+            return self._wide(np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)]))
         return np.stack([sampler.start_states(step, batch) for sampler in self._starts])
 
     def _trajectories(self, experience: Experience, step: int) -> dict[str, Tensor]:
@@ -291,13 +307,26 @@ class ExtractionRounds:
             for i in range(experience.policies)
         ]
         names = ("obs", "action", "reward", "terminated", "valid")
-        return {name: torch.from_numpy(np.stack([w[name] for w in each], 1)) for name in names}
+        joined = {name: np.stack([w[name] for w in each], 1) for name in names}
+        return {name: torch.from_numpy(value) for name, value in self._widened(joined).items()}
+
+    def _wide(self, obs: np.ndarray) -> np.ndarray:
+        """Observations of a task as the world model takes them."""
+        return widened(obs, self.world_model.config.obs_dim)
+
+    def _widened(self, windows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Windows of a task as the world model takes them."""
+        action = widened(windows["action"], self.world_model.config.action_dim)
+        return {**windows, "obs": self._wide(windows["obs"]), "action": action}
 
     def _model_batch(self, step: int) -> Windows:
         batch = self._model.config.batch_size
         new = int(batch * self.config.new_windows)
         assert self.experience is not None, "a frozen model learns nothing"
-        parts = [self.experience.windows(step, new, self._model.config.horizon)] if new else []
+        parts = []
+        if new:
+            parts = [self._widened(self.experience.windows(step, new, self._model.config.horizon))]
+            parts[0]["task"][:] = 0 if self.extraction.task_ids is None else int(self.extraction.task_ids[0])
         parts += [self._old.windows(step, batch - new)] if batch > new else []
         joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}
         return Windows.of(joined, self.world_model.config.num_tasks > 0, self.world_model.obs_mean.device)
@@ -312,6 +341,7 @@ class ExtractionRounds:
             "model": self._model.state_dict(),
             "experience": None if self.experience is None else self.experience.state_dict(),
             "best_return": self.best_return,
+            "best_merit": self._best_merit,
             "best_policy": list(self.best_policy),
             "best_actor": list(self._best_actor),
             "rollbacks": self.rollbacks,
@@ -325,67 +355,7 @@ class ExtractionRounds:
         if self.experience is not None:
             self.experience.load_state_dict(state["experience"])
         self.best_return = np.asarray(state["best_return"], np.float64)
+        self._best_merit = np.asarray(state["best_merit"], np.float64)
         self.best_policy = list(state["best_policy"])
         self._best_actor = list(state["best_actor"])
         self.rollbacks = np.asarray(state["rollbacks"], np.int64)
-
-
-def returns_to_go(episode: Episode, gamma: float) -> np.ndarray:
-    """Discounted return from every step [T], float32. An episode cut by the time limit is taken to go on as it was."""
-    value = 0.0 if episode.terminated else float(episode.reward[-100:].mean()) / (1.0 - gamma)
-    out = np.empty(len(episode.reward), np.float32)
-    for t in reversed(range(len(out))):
-        out[t] = value = float(episode.reward[t]) + gamma * value
-    return out
-
-
-@one_torch_thread()
-def real_episodes(
-    task: str,
-    policies: list[Policy],
-    judged: int,
-    explored: int,
-    seed: int,
-    draw: int,
-    threads: int | None,
-) -> list[list[Episode]]:
-    """For every policy `judged` episodes with mean actions, then `explored` with sampled ones, all side by side.
-
-    Start states are new in every `draw`: the best of many looks at the same ones would be the luckiest there.
-    """
-    each = judged + explored
-    generators = [torch.Generator().manual_seed(derived_seed(seed, draw, i)) for i in range(len(policies))]
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        out = []
-        for i, policy in enumerate(policies):
-            rows = torch.as_tensor(obs[i * each : (i + 1) * each])
-            out.append(policy.act(rows[:judged]))
-            if explored:
-                out.append(policy.act(rows[judged:], deterministic=False, generator=generators[i]))
-        return torch.cat(out).numpy()
-
-    results = evaluate(task, act, each * len(policies), derived_seed(seed, draw), record=True, threads=threads)
-    assert results.episodes is not None
-    return [results.episodes[i * each : (i + 1) * each] for i in range(len(policies))]
-
-
-@torch.no_grad()
-def imagined_over_real(model: WorldModel, policy: Policy, episodes: list[Episode], task: Tensor | None) -> float:
-    """Imagined over real reward of the first `GAUGE_STEPS` steps of some episodes, both with mean actions."""
-    device = model.obs_mean.device
-    obs, task = torch.as_tensor(np.stack([e.obs[0] for e in episodes])).to(device), _at(task, device)
-    steps = min(GAUGE_STEPS, max(len(e.reward) for e in episodes))
-    z, alive, imagined = model.encode(obs, task), torch.ones(len(obs), device=device), 0.0
-    for _ in range(steps):
-        action = policy.act_latent(z)
-        imagined += float((alive * model.reward(z, action, task)).mean())
-        z = model.next(z, action, task)
-        if model.has_termination:
-            alive = alive * torch.sigmoid(-model.termination_logit(z, task))
-    real = float(np.mean([e.reward[:steps].sum() for e in episodes]))
-    return imagined / real if abs(real) > 1e-6 else float("nan")
-
-
-def _at(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device)

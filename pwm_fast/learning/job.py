@@ -1,7 +1,4 @@
-"""A whole extraction: rounds until the steps or the minutes are used up, then the best policies.
-
-`extract_policies` is the library's entry; the command `python -m pwm_fast.extract` adds files and a display.
-"""
+"""A whole extraction: rounds until the steps or the minutes are used up, then the best policies."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +13,10 @@ import torch
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.envs import registry
 from pwm_fast.learning.execution import ExecutionConfig
-from pwm_fast.learning.extraction import Extraction, ExtractionConfig, preset
+from pwm_fast.learning.extraction import Extraction, ExtractionConfig
 from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig, Timed
+from pwm_fast.learning.members import check_sizes, task_numbers
 from pwm_fast.learning.precision import check_precision
-from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
 Report = Callable[[dict[str, Any]], None]
@@ -136,7 +132,7 @@ class Job:
 
 
 def make_job(
-    task: str,
+    tasks: str | Sequence[str],
     world_model: WorldModel,
     data: EpisodeStore,
     seeds: Sequence[int],
@@ -148,28 +144,21 @@ def make_job(
     start: str = "cloned",
     execution: ExecutionConfig | None = None,
 ) -> Job:
-    """A job for one task and several seeds.
+    """A job for one policy per entry of `seeds`, all of one task or each of its own.
 
-    `start`: actors imitate the best of the data first ("cloned"), or are random ("scratch"). `execution`: how steps
-    run; by default on CUDA as a captured graph with all that is fast, elsewhere operation by operation. A precision
-    below fp32 must first pass its gradient check on this model and data.
+    A world model of many tasks may learn them side by side; its data and it are padded to its widest task. `start`:
+    actors imitate the best of the data first ("cloned"), or are random ("scratch"). `execution`: how steps run; by
+    default on CUDA as a captured graph with all that is fast, elsewhere operation by operation. A precision below fp32
+    must first pass its gradient check on this model and data.
     Raises ValueError where model, data and task do not fit each other or a precision does not pass, StoreError for data
     with NaN, RuntimeError for an execution that cannot run here.
     """
-    row = registry.get(task)
-    want = (row.obs_dim, row.action_dim)
-    found = (world_model.config.obs_dim, world_model.config.action_dim)
-    if found != want:
-        trained = world_model.provenance.get("task", "another task")
-        raise ValueError(
-            f"the world model has {found[0]} observations and {found[1]} actions, task {task} has {want[0]} and "
-            f"{want[1]}: it is for {trained}"
-        )
-    if (data.obs_dim, data.action_dim) != want:
-        raise ValueError(
-            f"the data has {data.obs_dim} observations and {data.action_dim} actions, task {task} has {want[0]} and "
-            f"{want[1]}: is it another task's?"
-        )
+    names = [tasks] * len(seeds) if isinstance(tasks, str) else list(tasks)
+    if len(names) != len(seeds):
+        raise ValueError(f"tasks must name the {len(seeds)} policies, got {len(names)}")
+    rows = {name: registry.get(name) for name in names}
+    for row in rows.values():
+        check_sizes(world_model, data, row)
     data.statistics()  # reads all of it, so that a NaN is found before work begins
     if start == "cloned":
         extraction = replace(extraction, **CLONED)
@@ -180,45 +169,14 @@ def make_job(
     precision = "fp32" if execution is None else execution.precision
     if precision != "fp32":
         obs = WindowSampler(data, 1, seed=seed).start_states(0, extraction.batch_size)[None]
-        check_precision(world_model, extraction, torch.from_numpy(obs).to(world_model.obs_mean), precision)
-    learner = Extraction(world_model, extraction, seeds=seeds, tasks=[task] * len(seeds), precision=precision)
-    made = ExtractionRounds(task, world_model, learner, data, rounds, seed, threads, execution)
+        numbers = task_numbers(world_model, names[:1])
+        task_ids = None if numbers is None else torch.tensor(numbers)
+        check_precision(world_model, extraction, torch.from_numpy(obs).to(world_model.obs_mean), precision, task_ids)
+    own = [(rows[name].obs_dim, rows[name].action_dim) for name in names]
+    whole = (world_model.config.obs_dim, world_model.config.action_dim)
+    learner = Extraction(
+        world_model, extraction, task_numbers(world_model, names), seeds, tasks=names, precision=precision,
+        dims=None if all(size == whole for size in own) else own,
+    )  # fmt: skip
+    made = ExtractionRounds(world_model, learner, data, rounds, seed, threads, execution)
     return Job(made, budget, start)
-
-
-def extract_policies(
-    world_model: WorldModel | str | Path,
-    data: EpisodeStore | str | Path,
-    tasks: Sequence[str],
-    seeds: int | Sequence[int] = 1,
-    *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    finetune: bool = True,
-    config: ExtractionConfig | str = "fast",
-    rounds: RoundConfig | None = None,
-    start: str = "cloned",
-    execution: ExecutionConfig | None = None,
-    report: Report = lambda row: None,
-) -> dict[str, list[Policy]]:
-    """Learn policies from a world model: for every task a list with the best policy of each seed.
-
-    `seeds` is how many, or which. `minutes` or `steps` bound each task (default 10 minutes). `config` is a preset's
-    name or a configuration; `finetune` lets the world model learn from the policies' own real episodes.
-    Raises ValueError (unknown task, wrong shapes), FileNotFoundError (model or data missing).
-    """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    store = data if isinstance(data, EpisodeStore) else EpisodeStore.open(data)
-    budget = Budget(steps, None if minutes is None and steps is not None else 60.0 * (minutes or 10.0))
-    setting = preset(config) if isinstance(config, str) else config
-    each = rounds or RoundConfig()
-    out: dict[str, list[Policy]] = {}
-    for task in tasks:
-        model = WorldModel.load(world_model) if not isinstance(world_model, WorldModel) else world_model.copy()
-        job = make_job(
-            task, model, store, chosen, budget, setting, each if finetune else replace(each, model_steps=0),
-            start=start, execution=execution,
-        )  # fmt: skip
-        job.run(report)
-        out[task] = job.rounds.best()
-    return out

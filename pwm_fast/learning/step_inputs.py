@@ -57,11 +57,13 @@ class StartTable:
         return self.obs.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
-def start_rows(store: EpisodeStore) -> np.ndarray:
-    """Every observation of a store but each episode's last [N, S], in the store's order."""
-    starts = np.ones(store.num_rows, bool)
-    starts[np.asarray(store.episode_start[1:]) - 1] = False
-    return np.asarray(store.obs)[starts]
+def start_rows(store: EpisodeStore, episodes: np.ndarray | None = None) -> np.ndarray:
+    """Every observation but each episode's last [N, S], in the store's order; of all episodes, or those of some ids."""
+    ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes)
+    change = np.zeros(store.num_rows + 1, np.int8)
+    change[store.episode_start[ids]] += 1
+    change[store.episode_start[ids + 1] - 1] -= 1
+    return np.asarray(store.obs)[np.cumsum(change[:-1]) > 0]
 
 
 class StagedStates:

@@ -9,8 +9,10 @@ import torch
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs.evaluation import Episode
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig
-from pwm_fast.learning.finetuning import RoundConfig, imagined_over_real, real_episodes, returns_to_go
-from pwm_fast.learning.job import Budget, Job, extract_policies, make_job
+from pwm_fast.learning.finetuning import RoundConfig
+from pwm_fast.learning.job import Budget, Job, make_job
+from pwm_fast.learning.reality import Look, imagined_over_real, real_episodes, returns_to_go
+from pwm_fast.learning.waves import extract_policies
 from pwm_fast.models.world_model import WorldModel
 from pwm_fast.state_files import load_state, save_state
 
@@ -111,20 +113,21 @@ def test_a_frozen_policy_does_not_depend_on_who_shares_the_batch(job):
 
 
 def test_real_episodes_judge_mean_actions_and_explore_with_sampled_ones(tiny_policies):
-    found = real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=0, threads=1)
-    assert [len(f) for f in found] == [5, 5]
-    again, other = (real_episodes("hopper", tiny_policies, 2, 3, seed=5, draw=draw, threads=1) for draw in (0, 1))
-    judged, explored = found[0][0], found[0][3]
+    found, again, other = (
+        real_episodes(["hopper"] * 2, tiny_policies, 2, 3, seed=5, draw=draw, threads=1) for draw in (0, 0, 1)
+    )
+    assert [(len(look.judged), len(look.explored)) for look in found] == [(2, 3)] * 2
+    judged, explored = found[0].judged[0], found[0].explored[0]
     np.testing.assert_allclose(judged.action, tiny_policies[0].act(judged.obs[:-1]), atol=1e-6)
     assert np.abs(explored.action - tiny_policies[0].act(explored.obs[:-1])).max() > 0.1
-    np.testing.assert_array_equal(judged.reward, again[0][0].reward)
-    np.testing.assert_array_equal(explored.action, again[0][3].action)
-    assert not np.array_equal(judged.obs[0], other[0][0].obs[0])
+    np.testing.assert_array_equal(judged.reward, again[0].judged[0].reward)
+    np.testing.assert_array_equal(explored.action, again[0].explored[0].action)
+    assert not np.array_equal(judged.obs[0], other[0].judged[0].obs[0])
 
 
 def test_the_gauge_is_imagined_over_real_reward(tiny_world_model, tiny_policies):
     model = WorldModel.load(tiny_world_model)
-    episodes = real_episodes("hopper", tiny_policies[:1], 2, 0, seed=5, draw=0, threads=1)[0]
+    episodes = real_episodes(["hopper"], tiny_policies[:1], 2, 0, seed=5, draw=0, threads=1)[0].judged
     with torch.no_grad():
         z = model.encode(torch.as_tensor(np.stack([e.obs[0] for e in episodes])))
         imagined = 0.0
@@ -176,18 +179,31 @@ def test_critics_start_at_the_values_they_are_given(tiny_world_model):
         assert (error < 0.5 * value[p].var()).all(), (p, error)
 
 
+def look(real_return: float, successes=None) -> Look:
+    """Of one episode of one step."""
+    episode = Episode(np.zeros((2, 11), np.float32), np.zeros((1, 3), np.float32), np.array([real_return]), False)
+    return Look([episode], [], successes)
+
+
+def test_success_ranks_before_return():
+    merits = [
+        look(r, s).merit for r, s in ((900.0, np.array([0.0])), (100.0, np.array([1.0])), (200.0, np.array([1.0])))
+    ]
+    assert merits == sorted(merits)
+
+
 def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
     work = job(steps=3, seeds=(0, 1))
     work.run()
     rounds, learner = work.rounds, work.rounds.extraction
     policies = learner.policies()
-    rounds.cloned, rounds.best_return[:] = True, [-np.inf, -np.inf]
+    rounds.cloned, rounds._best_merit[:] = True, [-np.inf, -np.inf]
     for i in range(2):
-        rounds._keep_best(i, 100.0, policies[i])
+        rounds._keep_best(i, look(100.0), policies[i])
     before = [p.tensors() for p in learner.policies()]
     learner.actor.parameters.flat.add_(1.0)
-    rounds._keep_best(0, 96.0, policies[0])  # below 97%: back
-    rounds._keep_best(1, 98.0, policies[1])  # not below: stays as it is now
+    rounds._keep_best(0, look(96.0), policies[0])  # below 97%: back
+    rounds._keep_best(1, look(98.0), policies[1])  # not below: stays as it is now
     after = [p.tensors() for p in learner.policies()]
     assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
     assert not torch.equal(after[1]["actor.0.weight"], before[1]["actor.0.weight"])

@@ -1,0 +1,135 @@
+"""The end of an extraction: every policy in its real environment, files, pictures, and the closing table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pwm_fast import backend
+from pwm_fast.envs import registry
+from pwm_fast.learning.waves import Finished, Waves
+from pwm_fast.pictures import curve, rollout_gif, series
+from pwm_fast.progress import Phases
+from pwm_fast.results import print_closing, real_returns, summarise
+from pwm_fast.run_folder import RunFolder
+from pwm_fast.state_files import write_json
+
+EPISODES, SEED = 16, 10_000
+EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run's options its end needs."""
+
+    title: str
+    threads: int | None
+    device: str
+    precision: str
+    finetune: bool
+
+
+def close(
+    waves: Waves,
+    folder: RunFolder,
+    phases: Phases,
+    settings: Settings,
+    data: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """Last evaluation, files and pictures, closing table. `data`: what the world model's file says of its data."""
+    finished, tasks = waves.finished(), list(dict.fromkeys(member.task for member in waves.members))
+    summaries = {}
+    for task in tasks:
+        own = [i for i, member in enumerate(waves.members) if member.task == task]
+        summaries[task] = close_task(
+            registry.get(task), [waves.members[i].seed for i in own], [finished[i] for i in own], folder,
+            "" if len(tasks) == 1 else task, phases, settings, data,
+        )  # fmt: skip
+    rows = folder.metrics()
+    with phases("files and pictures"):
+        summary = summaries[tasks[0]]
+        levels = None
+        if len(tasks) == 1:
+            levels = {
+                "paper": summary["paper_return"],
+                "random": summary["random_return"],
+                "data, best": summary["data_best"],
+                "data, mean": summary["data_mean"],
+                "cloning": summary["cloning_return"],
+            }
+        curve(folder.file("curve.png"), f"{settings.title}: real return while extracting", series(rows, "real_return"),
+              series(rows, "imagined_return"), levels=levels)  # fmt: skip
+    warnings = []
+    last = rows[-len(waves.present) :]
+    gauge = float(np.nanmean([r["imagined_over_real"] for r in last])) if last else 1.0
+    if gauge > EXPLOITED:
+        warnings.append(f"imagined reward is {gauge:.1f} times the real one: the policy exploits the model's errors")
+    for member, result in zip(waves.members, finished, strict=True):
+        if result.diverged:
+            warnings.append(f"{member.task} seed {member.seed} diverged; its policy is the best one before that")
+    for summary in summaries.values():
+        summary["seconds"] = {name: round(value, 3) for name, value in phases.seconds.items()}
+    if len(tasks) == 1:
+        folder.write_summary(summaries[tasks[0]])
+        print_closing(console, summaries[tasks[0]], folder.path, warnings)
+    else:
+        close_many(console, summaries, folder, warnings)
+
+
+def close_task(
+    task: registry.Task,
+    seeds: Sequence[int],
+    finished: Sequence[Finished],
+    folder: RunFolder,
+    place: str,
+    phases: Phases,
+    settings: Settings,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Evaluate and save a task's policies in the run's folder or in its part `place`; the summary."""
+    with phases("evaluation"):
+        results = [
+            real_returns(f.policy, task.name, EPISODES, SEED, record=True, threads=settings.threads) for f in finished
+        ]
+    best = int(np.argmax([r.mean for r in results]))
+    with phases("files and pictures"):
+        for seed, f in zip(seeds, finished, strict=True):
+            if len(seeds) > 1:
+                folder.save_policy(f.policy, seed, place)
+        folder.save_policy(finished[best].policy, task=place)
+        joint_q = results[best].joint_q
+        if joint_q is not None:
+            rollout_gif(folder.file(place) / "rollout.gif", task.name, joint_q)
+    cloned = [
+        row["real_return"]
+        for row in folder.metrics()
+        if row["step"] == 0 and row.get("task", task.name) == task.name and "real_return" in row
+    ]
+    return summarise(
+        task=task.name,
+        seeds=seeds,
+        steps=max(f.steps for f in finished),
+        returns=[r.returns.tolist() for r in results],
+        successes=None if results[0].successes is None else [r.successes.tolist() for r in results],
+        evaluation_seed=SEED,
+        random_return=task.random_return,
+        paper_return=task.paper_return,
+        seconds=phases.seconds,
+        backend=backend.resolve(device=settings.device),
+        precision=settings.precision,
+        data_mean=data.get("return_mean"),
+        data_best=data.get("return_best"),
+        cloning_return=float(np.mean(cloned)) if cloned else None,
+        finetune=settings.finetune,
+    )
+
+
+def close_many(console: Console, summaries: dict[str, dict[str, Any]], folder: RunFolder, warnings: list[str]) -> None:
+    """Each task's summary in its folder, and the table of all."""
+    for task, summary in summaries.items():
+        write_json(folder.file(task) / "summary.json", summary)
