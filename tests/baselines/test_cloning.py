@@ -54,3 +54,14 @@ def test_a_clone_does_not_depend_on_who_shares_the_batch(store):
         clone(learner, model, store, steps=30, batch_size=16)
     for (name, a), b in zip(both.policies()[1].tensors().items(), alone.policies()[0].tensors().values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_each_policy_imitates_the_episodes_it_is_given(store):
+    """The random half for one, the good half for the other: of those, too, its best."""
+    model = world_model()
+    learner = Extraction(model, SMALL, seeds=[0, 0])
+    obs = torch.randn(500, 3)
+    halves = [np.arange(0, 40, 2), np.arange(1, 40, 2)]
+    clone(learner, model, store, halves, share=0.5, steps=600, batch_size=64, learning_rate=3e-3)
+    random, good = error(learner, obs)
+    assert good < 0.25 * random
