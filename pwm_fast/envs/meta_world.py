@@ -32,9 +32,9 @@ def _simulator(task: str) -> type:
 
 
 class MetaWorldEnv(SuiteEnv):
-    """A Meta-World task as TD-MPC2 uses it (github.com/nicklashansen/tdmpc2): obs 39 with the goal in it; an episode
-    begins after one step of no action, so that its first observation has a frame before it. `info["success"]` is
-    Meta-World's at this step. `simulator` is Meta-World's environment."""
+    """A Meta-World task as TD-MPC2 uses it (github.com/nicklashansen/tdmpc2): obs 39 with the goal in it; after
+    `reset` the simulator takes one step of no action, which the first observation does not show yet.
+    `info["success"]` is Meta-World's at this step. `simulator` is Meta-World's environment."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012
 
@@ -52,8 +52,9 @@ class MetaWorldEnv(SuiteEnv):
     def _begin(self, seed: int | None) -> np.ndarray:
         if seed is not None:
             self.simulator.seed(seed)
-        self.simulator.reset()
-        return self.simulator.step(np.zeros(4))[0].astype(np.float32)
+        obs = self.simulator.reset()[0].astype(np.float32)
+        self.simulator.step(np.zeros(4))
+        return obs
 
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, float, dict[str, Any]]:
         total = 0.0
