@@ -10,15 +10,18 @@ import numpy as np
 from rich.console import Console
 
 from pwm_fast import backend
+from pwm_fast.data.collect import one_torch_thread
 from pwm_fast.envs import registry
+from pwm_fast.envs.evaluation import EpisodeResults, evaluate_population
 from pwm_fast.learning.waves import Finished, Waves
+from pwm_fast.models.policy import Policy
 from pwm_fast.pictures import curve, rollout_gif, series
 from pwm_fast.progress import Phases
 from pwm_fast.results import print_closing, real_returns, summarise
 from pwm_fast.run_folder import RunFolder
 from pwm_fast.state_files import write_json
 
-EPISODES, SEED = 16, 10_000
+EPISODES, SUITE_EPISODES, SEED = 16, 10, 10_000
 EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
 
 
@@ -43,11 +46,14 @@ def close(
 ) -> None:
     """Last evaluation, files and pictures, closing table. `data`: what the world model's file says of its data."""
     finished, tasks = waves.finished(), list(dict.fromkeys(member.task for member in waves.members))
+    with phases("evaluation"):
+        results = last_episodes([f.policy for f in finished], [m.task for m in waves.members], settings.threads)
     summaries = {}
     for task in tasks:
         own = [i for i, member in enumerate(waves.members) if member.task == task]
         summaries[task] = close_task(
-            registry.get(task), [waves.members[i].seed for i in own], [finished[i] for i in own], folder,
+            registry.get(task), [waves.members[i].seed for i in own], [finished[i] for i in own],
+            [results[i] for i in own], folder,
             "" if len(tasks) == 1 else task, phases, settings, data,
         )  # fmt: skip
     rows = folder.metrics()
@@ -66,7 +72,8 @@ def close(
               series(rows, "imagined_return"), levels=levels)  # fmt: skip
     warnings = []
     last = rows[-len(waves.present) :]
-    gauge = float(np.nanmean([r["imagined_over_real"] for r in last])) if last else 1.0
+    gauges = [r["imagined_over_real"] for r in last if np.isfinite(r["imagined_over_real"])]
+    gauge = float(np.mean(gauges)) if gauges else 1.0
     if gauge > EXPLOITED:
         warnings.append(f"imagined reward is {gauge:.1f} times the real one: the policy exploits the model's errors")
     for member, result in zip(waves.members, finished, strict=True):
@@ -81,22 +88,28 @@ def close(
         close_many(console, summaries, folder, warnings)
 
 
+@one_torch_thread()
+def last_episodes(policies: Sequence[Policy], tasks: Sequence[str], threads: int | None) -> list[EpisodeResults]:
+    """The last episodes of all policies: those of dflex one policy after the other, others in worker processes."""
+    if all(registry.get(task).suite == "dflex" for task in tasks):
+        pairs = zip(policies, tasks, strict=True)
+        return [real_returns(p, task, EPISODES, SEED, record=True, threads=threads) for p, task in pairs]
+    return evaluate_population(tasks, [p.act for p in policies], SUITE_EPISODES, SEED, processes=threads)
+
+
 def close_task(
     task: registry.Task,
     seeds: Sequence[int],
     finished: Sequence[Finished],
+    results: Sequence[EpisodeResults],
     folder: RunFolder,
     place: str,
     phases: Phases,
     settings: Settings,
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Evaluate and save a task's policies in the run's folder or in its part `place`; the summary."""
-    with phases("evaluation"):
-        results = [
-            real_returns(f.policy, task.name, EPISODES, SEED, record=True, threads=settings.threads) for f in finished
-        ]
-    best = int(np.argmax([r.mean for r in results]))
+    """Save a task's policies in the run's folder or in its part `place`; the summary of their episodes."""
+    best = max(range(len(results)), key=lambda i: (task.score(results[i]) or 0.0, results[i].mean))
     with phases("files and pictures"):
         for seed, f in zip(seeds, finished, strict=True):
             if len(seeds) > 1:
@@ -115,7 +128,7 @@ def close_task(
         seeds=seeds,
         steps=max(f.steps for f in finished),
         returns=[r.returns.tolist() for r in results],
-        successes=None if results[0].successes is None else [r.successes.tolist() for r in results],
+        score=None if task.score(results[0]) is None else float(np.mean([task.score(r) for r in results])),
         evaluation_seed=SEED,
         random_return=task.random_return,
         paper_return=task.paper_return,

@@ -25,7 +25,7 @@ from pwm_fast.envs import registry
 from pwm_fast.errors import check_device, positive, run_command
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import ExtractionConfig, preset
-from pwm_fast.learning.finetuning import RoundConfig
+from pwm_fast.learning.finetuning import RoundConfig, default_rounds
 from pwm_fast.learning.job import Budget, Job, make_job
 from pwm_fast.learning.members import Member
 from pwm_fast.learning.waves import Waves, fits, memory_of
@@ -180,7 +180,8 @@ def make_wave(
 ) -> Job:
     """The job of some members."""
     tasks, seeds = zip(*wave)
-    rounds = options.rounds if options.finetune else replace(options.rounds, model_steps=0)
+    rounds = options.rounds if options.rounds != RoundConfig() else default_rounds(tasks)
+    rounds = rounds if options.finetune else replace(rounds, model_steps=0)
     return make_job(
         tasks, model.copy() if options.finetune else model, data, seeds, budget, setting, rounds, options.seed,
         options.threads, options.start, execution,

@@ -76,6 +76,8 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     table.add_row(
         Text("real return", style="bold"), Text(spread, style="bold green"), f"{runs}{returns.shape[1]} episodes{share}"
     )
+    if summary.get("score") is not None:
+        table.add_row("score", Text(f"{summary['score']:.1f}", style="bold green"), "of 100, as TD-MPC2 and PWM count")
     if len(seeds) > 1:
         for seed, row in zip(seeds, returns):
             best = "the best, saved at the top" if seed == summary.get("best_seed") else ""

@@ -18,8 +18,8 @@ class Experience:
     """A ring of the last `capacity` steps (all environments together) of P policies in `num_envs` environments each.
 
     The environments are a Gymnasium VectorEnv with next-step autoreset. Its step after an episode's end only resets: it
-    is no transition and no window crosses it. `episode_length` cuts episodes shorter than the task does. Random draws
-    depend on (seed, step) alone. Raises ValueError for counts below 1.
+    is no transition and no window crosses it. `episode_length` cuts dflex episodes shorter than the task does. Random
+    draws depend on (seed, step) alone. Raises ValueError for counts below 1.
     """
 
     def __init__(
@@ -38,7 +38,8 @@ class Experience:
         self.policies, self.num_envs, self.seed = policies, num_envs, seed
         width = policies * num_envs
         seed_of_env = derived_seed(seed, ENVIRONMENT)
-        self.env = task.make_vector(width, seed=seed_of_env, threads=threads, episode_length=episode_length)
+        options = {"episode_length": episode_length} if task.suite == "dflex" else {}
+        self.env = task.make_vector(width, seed=seed_of_env, threads=threads, **options)
         self.rows = (
             max(-(-capacity // width), 2) + 1
         )  # of the ring, which holds the observation after the last step too
@@ -129,16 +130,26 @@ class Experience:
     _KEPT = ("obs", "action", "reward", "terminated", "ended", "real")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, the environments included."""
+        """Everything; of the environments, what they can tell (dflex: all)."""
         kept = {name: getattr(self, name).copy() for name in self._KEPT}
-        return {**kept, "steps": self.steps, "env": self.env.state_dict()}
+        env = self.env.state_dict() if hasattr(self.env, "state_dict") else None
+        return {**kept, "steps": self.steps, "env": env}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; raises ValueError if it is of other sizes."""
+        """Go on from `state_dict()`; raises ValueError if it is of other sizes.
+
+        Environments that could not tell their state begin new episodes, and the step before that counts as none.
+        """
         for name in self._KEPT:
             mine, theirs = getattr(self, name), np.asarray(state[name])
             if mine.shape != theirs.shape:
                 raise ValueError(f"the saved experience's {name} has shape {theirs.shape}, this run's {mine.shape}")
             mine[:] = theirs
         self.steps = int(state["steps"])
-        self.env.load_state_dict(state["env"])
+        if state["env"] is not None:
+            self.env.load_state_dict(state["env"])
+            return
+        self.obs[self.steps % self.rows], _ = self.env.reset(seed=derived_seed(self.seed, ENVIRONMENT, self.steps))
+        if self.steps:
+            before = (self.steps - 1) % self.rows
+            self.real[before], self.ended[before], self.terminated[before] = False, True, False

@@ -9,7 +9,7 @@ a frozen model a cycle is extraction steps from the data alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,6 +63,13 @@ class RoundConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be >= {smallest}, got {getattr(self, name)}")
+
+
+def default_rounds(tasks: Sequence[str]) -> RoundConfig:
+    """Rounds for tasks: where a simulator takes one environment at a time, real episodes are few."""
+    if all(registry.get(task).suite == "dflex" for task in tasks):
+        return RoundConfig()
+    return RoundConfig(cycles=50, practice_envs=16, practice_steps=16, evaluation_episodes=16, critic_episodes=16)
 
 
 class ExtractionRounds:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pwm_fast.data.collect import derived_seed, one_torch_thread
-from pwm_fast.envs.evaluation import Episode, evaluate
+from pwm_fast.envs import registry
+from pwm_fast.envs.evaluation import Episode, evaluate, evaluate_population
 from pwm_fast.learning.members import widened
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
@@ -53,9 +54,12 @@ def real_episodes(
 ) -> list[Look]:
     """For every policy, on its task, `judged` episodes with mean actions and `explored` with sampled ones.
 
-    Those of one task run side by side. Start states are new in every `draw`: the best of many looks at the same ones
-    would be the luckiest there.
+    Those of one dflex task run side by side, others in worker processes (`threads` of them). Start states are new in
+    every `draw`: the best of many looks at the same ones would be the luckiest there.
     """
+    rows = [registry.get(task) for task in tasks]
+    if any(row.suite != "dflex" for row in rows):
+        return _in_processes(rows, policies, judged, explored, derived_seed(seed, draw), threads)
     found: dict[int, Look] = {}
     for task in dict.fromkeys(tasks):
         members = [i for i, name in enumerate(tasks) if name == task]
@@ -65,9 +69,29 @@ def real_episodes(
         assert results.episodes is not None
         for n, i in enumerate(members):
             own = results.episodes[n * each : (n + 1) * each]
-            success = None if results.successes is None else results.successes[n * each : n * each + judged]
-            found[i] = Look(own[:judged], own[judged:], success)
+            found[i] = Look(own[:judged], own[judged:], None)
     return [found[i] for i in range(len(policies))]
+
+
+def _in_processes(
+    tasks: Sequence[registry.Task],
+    policies: Sequence[Policy],
+    judged: int,
+    explored: int,
+    seed: int,
+    processes: int | None,
+) -> list[Look]:
+    """`real_episodes` where a simulator takes one environment at a time."""
+    looks = []
+    results = evaluate_population(tasks, [p.act for p in policies], judged, seed, record=True, processes=processes)
+    for i, (task, policy, result) in enumerate(zip(tasks, policies, results, strict=True)):
+        tried: list[Episode] | None = []
+        if explored:
+            act = _side_by_side([policy], 0, explored, derived_seed(seed, i))
+            tried = evaluate(task, act, explored, derived_seed(seed, i), record=True).episodes
+        assert result.episodes is not None and tried is not None
+        looks.append(Look(result.episodes, tried, result.successes))
+    return looks
 
 
 def _side_by_side(
@@ -81,7 +105,8 @@ def _side_by_side(
         out = []
         for i, policy in enumerate(policies):
             rows = torch.as_tensor(obs[i * each : (i + 1) * each])
-            out.append(policy.act(rows[:judged]))
+            if judged:
+                out.append(policy.act(rows[:judged]))
             if explored:
                 out.append(policy.act(rows[judged:], deterministic=False, generator=generators[i]))
         return torch.cat(out).numpy()

@@ -18,7 +18,7 @@ from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.learning.captured import RING
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import ExtractionConfig, preset
-from pwm_fast.learning.finetuning import RoundConfig, Timed
+from pwm_fast.learning.finetuning import RoundConfig, Timed, default_rounds
 from pwm_fast.learning.job import Budget, Job, Report, make_job
 from pwm_fast.learning.members import Member
 from pwm_fast.learning.memory import PopulationMemory, population_memory, split
@@ -160,7 +160,7 @@ def extract_policies(
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     seconds = None if minutes is None and steps is not None else 60.0 * (minutes or 10.0)
     setting = preset(config) if isinstance(config, str) else config
-    each = rounds or RoundConfig()
+    each = rounds or default_rounds(tasks)
     each = each if finetune else replace(each, model_steps=0)
 
     def make(members: Sequence[Member], budget: Budget) -> Job:
