@@ -97,6 +97,7 @@ class ExtractionRounds:
         self.seed, self.threads = seed, threads
         self.rounds_done = 0
         self.cloned = False  # whether the actors began as clones
+        self.stretch = 1  # times the cycles of a round with a frozen model: more where looks cost more than steps
         population = len(extraction.seeds)
         self.best_return = np.full(population, -np.inf)  # of the policies of highest merit
         self._best_merit = np.full(population, -np.inf)
@@ -160,8 +161,10 @@ class ExtractionRounds:
         """The round's cycles, with at most `most` extraction steps; the mean of each metric (of the policies [P])."""
         totals: dict[str, Any] = {}
         left, cycles, config = most or 10**9, 0, self.config
-        if self.execution is not None and self.experience is None:  # nothing comes between a round's steps
-            config = replace(config, cycles=1, extraction_steps=config.cycles * config.extraction_steps)
+        if self.experience is None:
+            config = replace(config, cycles=config.cycles * self.stretch)
+            if self.execution is not None:  # nothing comes between a round's steps
+                config = replace(config, cycles=1, extraction_steps=config.cycles * config.extraction_steps)
         while cycles < config.cycles and left > 0:
             metrics: dict[str, Any] = {}
             if self.experience is not None:
@@ -344,6 +347,7 @@ class ExtractionRounds:
         return {
             "rounds_done": self.rounds_done,
             "cloned": self.cloned,
+            "stretch": self.stretch,
             "extraction": self.extraction.state_dict(),
             "model": self._model.state_dict(),
             "experience": None if self.experience is None else self.experience.state_dict(),
@@ -356,6 +360,7 @@ class ExtractionRounds:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rounds_done, self.cloned = int(state["rounds_done"]), bool(state["cloned"])
+        self.stretch = int(state["stretch"])
         self._model.load_state_dict(state["model"])
         self.extraction.set_world_model(self.world_model)
         self.extraction.load_state_dict(state["extraction"])

@@ -24,6 +24,8 @@ Report = Callable[[dict[str, Any]], None]
 
 
 STARTS = ("cloned", "scratch")
+LOOKS = 50  # at reality in a run of many steps
+LEARNING_SHARE = 0.5  # of the time of a look: a frozen model's rounds that take less become longer
 # A good actor waits for its critics, moves gently (with 4e-5 the humanoid runs faster than it can for a while), and
 # explores little: noise of 0.2 makes the best ones fall.
 CLONED: dict[str, Any] = {"actor_lr": 1e-5, "final_lr": 1e-6, "actor_delay": 10, "min_log_std": -3.0}
@@ -57,6 +59,8 @@ class Job:
             raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
         self.rounds, self.budget, self.start = rounds, budget, start
         self.seconds = 0.0  # spent in rounds, over all processes that worked on this run
+        if budget.steps is not None:
+            rounds.stretch = max(1, budget.steps // (LOOKS * rounds.config.cycles * rounds.config.extraction_steps))
         self._schedule(first_guess=budget.steps or 100 * rounds.config.cycles * rounds.config.extraction_steps)
 
     @property
@@ -112,11 +116,15 @@ class Job:
                 finish(rounds.look_at_reality())
         while not self.finished():
             left = None if self.budget.steps is None else self.budget.steps - self.steps_done
+            start = time.monotonic()
             metrics = rounds.learn(left, spent, timed)
             if stop():
                 return False
+            learned = time.monotonic()
             with timed("real episodes"):
                 metrics |= rounds.look_at_reality()
+            if self.budget.steps is None and learned - start < LEARNING_SHARE * (time.monotonic() - learned):
+                rounds.stretch *= 2
             finish(metrics)
             if rounds.diverged().all():
                 break

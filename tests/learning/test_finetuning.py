@@ -209,3 +209,33 @@ def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
     assert not torch.equal(after[1]["actor.0.weight"], before[1]["actor.0.weight"])
     assert torch.equal(learner.average[0], learner.actor.parameters.flat[0])
     assert rounds.rollbacks.tolist() == [1, 0]
+
+
+def test_many_steps_look_at_reality_no_more_than_fifty_times(job):
+    rows = []
+    work = job(replace(FROZEN, evaluation_episodes=1), seeds=(0,), steps=310)  # rounds of 3 steps
+    assert work.rounds.stretch == 2
+    work.run(rows.append)
+    assert [row["step"] for row in rows[:3]] == [6, 12, 18] and rows[-1]["step"] == 310
+
+
+def test_rounds_become_longer_where_looks_take_the_time(job, monkeypatch):
+    """On a GPU a hundred steps take less than one real episode."""
+    work = job(FROZEN, seeds=(0,))
+    work.budget = Budget(seconds=100.0)
+    clock = iter(range(10_000))
+    monkeypatch.setattr("pwm_fast.learning.job.time.monotonic", lambda: 3.0 * next(clock))
+    rows = []
+    monkeypatch.setattr(work.rounds, "look_at_reality", slow_look(work.rounds.look_at_reality, clock))
+    work.run(rows.append)
+    steps = np.diff([0, *(row["step"] for row in rows)])
+    assert (steps[1:] >= steps[:-1]).all() and steps[-1] > 3
+
+
+def slow_look(look, clock):
+    def slow():
+        for _ in range(9):
+            next(clock)
+        return look()
+
+    return slow
