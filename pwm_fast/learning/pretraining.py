@@ -1,8 +1,6 @@
-"""World-model learning (PWM Eq. 10; TD-MPC2's loss without its value terms).
+"""World-model learning: Adam on the loss of PWM's Equation 10 (TD-MPC2's without its value terms), and validation.
 
-Over windows of H + 1 observations: latent consistency against stop-gradient encodings, soft cross-entropy of two-hot
-rewards, and binary cross-entropy of terminations where the model has that head; step h weighs rho^h. The encoder sees
-the H target observations in one batch, the heads see all H steps in one batch.
+A batch is a function of the step alone, so a run resumes exactly. The loss and its gradient: `model_gradient.py`.
 """
 
 from __future__ import annotations
@@ -13,18 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
-from pwm_fast.kernels import two_hot
 from pwm_fast.learning.configuration import PRECISIONS
-from pwm_fast.learning.latent_rollout import latent_rollout
+from pwm_fast.learning.model_gradient import ModelGradient
 from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.world_model import WorldModel
 
 VALIDATION_BATCH = 256
-LARGEST_ERROR = 8.0  # of a change of state, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -112,43 +107,14 @@ def fit_steps(model: WorldModel, windows: Windows) -> None:
 
 def rollout(model: WorldModel, windows: Windows) -> Tensor:
     """Open-loop latents z [H+1, B, Z] from the first observation under the recorded actions."""
-    z = model.encode(windows.obs[0], windows.task)
-    return latent_rollout(model, z, model.controls(windows.action, windows.task))
-
-
-def loss_terms(model: WorldModel, windows: Windows, config: PretrainingConfig) -> dict[str, Tensor]:
-    """The weighted sum `total` and its unweighted parts `consistency`, `reward`, `termination` (scalars)."""
-    horizon = len(windows.action)
-    weight = config.rho ** torch.arange(horizon, device=windows.obs.device, dtype=windows.obs.dtype)
-    weight = weight[:, None].expand_as(windows.reward) / windows.reward.numel()  # [H, B]
-    if windows.valid is not None:
-        weight = weight * windows.valid
-    with torch.no_grad():
-        target = model.encode(windows.obs[1:], windows.task)  # [H, B, Z]
-    z = rollout(model, windows)
-    error = z[1:] - target
-    if model.config.residual:  # in units of a step's change; contacts are outliers that no gradient should follow
-        error = (error / model.step_std).clamp(-LARGEST_ERROR, LARGEST_ERROR)
-    consistency = (weight * error.square().mean(2)).sum()
-    goal = model.reward_target(windows.reward)
-    output = model.reward_logits(z[:-1], windows.action, windows.task).to(goal.dtype)  # [H, B, bins]
-    if model.config.num_bins == 1:
-        error = (output.squeeze(-1) - goal).square()
-    else:
-        error = two_hot.cross_entropy(output, goal, model.config.vmin, model.config.vmax)
-    reward = (weight * error).sum()
-    terms = {"consistency": consistency, "reward": reward}
-    total = config.consistency_coef * consistency + config.reward_coef * reward
-    if model.has_termination:
-        logit = model.termination_logit(z[1:], windows.task).to(goal.dtype)
-        ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none")
-        terms["termination"] = (weight * ended).sum()
-        total = total + config.termination_coef * terms["termination"]
-    return {"total": total, **terms}
+    z = [model.encode(windows.obs[0], windows.task)]
+    for action in windows.action:
+        z.append(model.next(z[-1], action, windows.task))
+    return torch.stack(z)
 
 
 class Pretraining:
-    """Adam on `loss_terms`, with exact resume: state is the model, the optimiser and the step count.
+    """Adam on the clipped `ModelGradient`, with exact resume: state is the model, the optimiser and the step count.
 
     `batch(step)` returns the windows of a step; it must depend on the step alone.
     """
@@ -160,6 +126,7 @@ class Pretraining:
         known = {id(p) for p in encoder}
         rest = [p for p in model.parameters() if id(p) not in known]
         self.parameters = encoder + rest
+        self._gradient = ModelGradient(model, torch.bfloat16 if config.precision == "bf16" else None)
         groups = [{"params": encoder, "scale": config.encoder_lr_scale}, {"params": rest, "scale": 1.0}]
         self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
@@ -175,7 +142,6 @@ class Pretraining:
         rate = self.learning_rate(self.step_count)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        self.optimizer.zero_grad(set_to_none=True)
         terms, norm = self.gradients(self.batch(self.step_count))
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -190,11 +156,11 @@ class Pretraining:
         """Clipped gradients of the loss in the parameters; its terms, and the norm before clipping."""
         device = self.model.obs_mean.device
         with fast_matmul(torch.float32, device, tf32=self.config.precision != "fp32"):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                terms = loss_terms(self.model, windows, self.config)
-            terms["total"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
-        return {name: value.detach() for name, value in terms.items()}, norm.detach()
+            terms = self._gradient(windows, self.config)
+        flat = self._gradient.flat
+        norm = torch.linalg.vector_norm(flat)
+        flat *= (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        return terms, norm
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -112,7 +112,6 @@ class PretrainingGraph:
         rate = c.learning_rate * (1.0 + (c.final_lr_scale - 1.0) * progress)
         for group, place in zip(learner.optimizer.param_groups, self._rates):
             place.copy_(rate * group["scale"])
-        learner.optimizer.zero_grad(set_to_none=True)  # in a capture, backward then writes instead of adding
         with span("world model"):
             terms, norm = learner.gradients(self._windows)
         self._bad.copy_(~torch.isfinite(norm))
@@ -143,7 +142,6 @@ class PretrainingGraph:
                 learner.load_state_dict(before)
                 self._step_count.fill_(learner.step_count)
             torch.cuda.current_stream().wait_stream(stream)
-            learner.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()
