@@ -26,7 +26,7 @@ LARGEST_ERROR = 8.0  # of a change of state, in standard deviations
 
 
 class ModelGradient:
-    """Calls give the loss terms of a batch and leave their gradient in the model's `.grad`s, views of `flat`.
+    """Calls give the loss terms of a batch and write their gradient into the parameters' `.grad`.
 
     `dtype`: what the networks are multiplied and kept in (default: the parameters' type, which latents, losses and
     gradients always have).
@@ -34,10 +34,8 @@ class ModelGradient:
 
     def __init__(self, model: WorldModel, dtype: torch.dtype | None = None):
         self.model, self._workspace = model, Workspace()
-        parameters = list(model.parameters())
-        self.flat = parameters[0].new_zeros(sum(p.numel() for p in parameters))
-        for p, place in zip(parameters, self.flat.split([p.numel() for p in parameters])):
-            p.grad = place.view_as(p)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self._encoder = None if model.config.residual else TrainedNetwork(model._encoder, dtype)
         self._dynamics, self._reward = TrainedNetwork(model._dynamics, dtype), TrainedNetwork(model._reward, dtype)
         self._termination = TrainedNetwork(model._termination, dtype) if model.has_termination else None
@@ -109,12 +107,12 @@ class ModelGradient:
             place.copy_(part)
         return out
 
-    def _consistency(
-        self, z: Tensor, target: Tensor, weight: Tensor, config: PretrainingConfig, dz: Tensor
-    ) -> Tensor:
+    def _consistency(self, z: Tensor, target: Tensor, weight: Tensor, config: PretrainingConfig, dz: Tensor) -> Tensor:
         """Mean squared distance to the encodings; writes its gradient at z, [H, B, Z]."""
         error = torch.sub(z, target, out=dz)
-        if self.model.config.residual:  # in units of a step's change; contacts are outliers that no gradient should follow
+        if (
+            self.model.config.residual
+        ):  # in units of a step's change; contacts are outliers that no gradient should follow
             error /= self.model.step_std
             outlier = error.abs() > LARGEST_ERROR
             error.clamp_(-LARGEST_ERROR, LARGEST_ERROR)

@@ -5,20 +5,24 @@ A batch is a function of the step alone, so a run resumes exactly. The loss and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.learning.configuration import PRECISIONS
 from pwm_fast.learning.model_gradient import ModelGradient
+from pwm_fast.learning.optim import Adam
 from pwm_fast.models.matmul import fast_matmul
+from pwm_fast.models.parameters import FlatParameters
 from pwm_fast.models.world_model import WorldModel
 
+BETAS = (0.9, 0.999)
 VALIDATION_BATCH = 256
 
 
@@ -122,13 +126,16 @@ class Pretraining:
     def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
         self.model, self.config, self.batch = model, config, batch
         self.step_count = 0
-        encoder = list(model._encoder.parameters())
-        known = {id(p) for p in encoder}
-        rest = [p for p in model.parameters() if id(p) not in known]
-        self.parameters = encoder + rest
+        parts = {True: {}, False: {}}  # the encoder's and the rest
+        for name, p in model.named_parameters():
+            parts[name.startswith("_encoder.")][name] = p
+        self.parameters = [p for part in parts.values() for p in part.values()]
+        self._adams = [
+            (Adam(_flattened(part), 1, BETAS), config.encoder_lr_scale if encoder else 1.0)
+            for encoder, part in parts.items()
+            if part
+        ]
         self._gradient = ModelGradient(model, torch.bfloat16 if config.precision == "bf16" else None)
-        groups = [{"params": encoder, "scale": config.encoder_lr_scale}, {"params": rest, "scale": 1.0}]
-        self.optimizer = torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
 
     def learning_rate(self, step: int) -> float:
         """Constant, then linear decay over the last `decay_fraction` of the steps."""
@@ -139,52 +146,57 @@ class Pretraining:
 
     def step(self) -> dict[str, float]:
         """One gradient step; returns the loss terms and the gradient norm before clipping."""
-        rate = self.learning_rate(self.step_count)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
         terms, norm = self.gradients(self.batch(self.step_count))
         if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"world-model gradient is {norm.item()} at step {self.step_count}: check the data for outliers, "
-                f"or lower the learning rate ({self.config.learning_rate})"
-            )
-        self.optimizer.step()
+            raise FloatingPointError(self.broken(norm.item(), self.step_count))
+        self.update(norm.new_tensor(self.learning_rate(self.step_count), dtype=torch.float64), norm)
         self.step_count += 1
         return {**{k: v.item() for k, v in terms.items()}, "grad_norm": norm.item()}
 
+    def broken(self, norm: float, step: int) -> str:
+        """What to say of a gradient that is not finite."""
+        return (
+            f"world-model gradient is {norm} at step {step}: check the data for outliers, "
+            f"or lower the learning rate ({self.config.learning_rate})"
+        )
+
     def gradients(self, windows: Windows) -> tuple[dict[str, Tensor], Tensor]:
-        """Clipped gradients of the loss in the parameters; its terms, and the norm before clipping."""
-        device = self.model.obs_mean.device
-        with fast_matmul(torch.float32, device, tf32=self.config.precision != "fp32"):
+        """The loss's gradients, in the parameters' `.grad`; its terms, and the gradients' norm [] over all of them."""
+        with fast_matmul(torch.float32, self.model.obs_mean.device, tf32=self.config.precision != "fp32"):
             terms = self._gradient(windows, self.config)
-        flat = self._gradient.flat
-        norm = torch.linalg.vector_norm(flat)
-        flat *= (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-        return terms, norm
+        return terms, torch.stack([torch.linalg.vector_norm(adam.grad) for adam, _ in self._adams]).norm()
+
+    def update(self, rate: Tensor, norm: Tensor) -> None:
+        """Clip by the norm and take Adam's step at learning rate [] float64; nothing where the norm is not finite."""
+        finite = torch.isfinite(norm)[None]
+        scale = (self.config.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        for adam, share in self._adams:
+            adam.grad *= scale
+            adam.step((rate * share)[None].to(adam.value.dtype), math.inf, finite)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "optimizer": {str(k): v for k, v in self.optimizer.state_dict()["state"].items()},
+            "optimizer": [adam.state_dict() for adam, _ in self._adams],
             "step": self.step_count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`, in place where there are tensors already: a captured step goes on with them."""
+        """Go on from `state_dict()`, in place: a captured step goes on with its tensors."""
         self.model.load_state_dict(state["model"])
-        saved = {int(k): v for k, v in state["optimizer"].items()}
-        for i, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            mine = self.optimizer.state[parameter]
-            for name, value in saved.get(i, {}).items():
-                if name in mine:
-                    mine[name].copy_(value)
-                else:
-                    kind = torch.float32 if name == "step" else parameter.dtype
-                    mine[name] = value.detach().clone().to(parameter.device, kind)
-            if i not in saved:
-                for value in mine.values():
-                    value.zero_()
+        for (adam, _), saved in zip(self._adams, state["optimizer"], strict=True):
+            adam.load_state_dict(saved)
         self.step_count = int(state["step"])
+
+
+def _flattened(parameters: dict[str, nn.Parameter]) -> FlatParameters:
+    """The parameters' values and gradients moved into two rows of memory, of which they become views."""
+    first = next(iter(parameters.values()))
+    flat = FlatParameters(1, {name: tuple(p.shape) for name, p in parameters.items()}, first.dtype, first.device)
+    for name, p in parameters.items():
+        flat[name][0] = p.detach()
+        p.data, p.grad = flat[name][0], flat.grads[name][0]
+    return flat
 
 
 def store_batches(

@@ -6,6 +6,7 @@ pre-activation gradients of all steps and forms each weight gradient by one prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,18 +71,35 @@ def loss_terms(
     return {"total": total, **terms}
 
 
-class AutogradPretraining(Pretraining):
-    """Steps whose gradients autograd finds, clipped tensor by tensor."""
+class AutogradPretraining:
+    """`Pretraining` with autograd's gradients, clipped tensor by tensor, and torch's Adam."""
 
-    def gradients(self, windows: Windows) -> tuple[dict[str, Tensor], Tensor]:
+    learning_rate = Pretraining.learning_rate
+
+    def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
+        self.model, self.config, self.batch, self.step_count = model, config, batch, 0
+        encoder = list(model._encoder.parameters())
+        known = {id(p) for p in encoder}
+        self.parameters = encoder + [p for p in model.parameters() if id(p) not in known]
+        groups = [
+            {"params": encoder, "scale": config.encoder_lr_scale},
+            {"params": self.parameters[len(encoder) :], "scale": 1.0},
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+
+    def step(self) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step_count) * group["scale"]
         self.optimizer.zero_grad(set_to_none=True)
         device = self.model.obs_mean.device
         with fast_matmul(torch.float32, device, tf32=self.config.precision != "fp32"):
             with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                terms = loss_terms(self.model, windows, self.config, fused_rollout)
+                terms = loss_terms(self.model, self.batch(self.step_count), self.config, fused_rollout)
             terms["total"].backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
-        return {name: value.detach() for name, value in terms.items()}, norm.detach()
+        self.optimizer.step()
+        self.step_count += 1
+        return {**{k: v.item() for k, v in terms.items()}, "grad_norm": norm.item()}
 
 
 def latent_rollout(model: WorldModel, z: Tensor, control: Tensor) -> Tensor:
