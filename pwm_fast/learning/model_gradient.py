@@ -70,7 +70,7 @@ class ModelGradient:
     def _imagine(self, windows: Windows, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Encodings [H+1, B, Z] of what was observed, the networks' inputs [z, e, a] of all steps [H, B, .], and the
         open-loop latents z_1 .. z_H [H, B, Z]."""
-        m, c, low = self.model, self.model.config, self._dynamics.dtype
+        m, c = self.model, self.model.config
         horizon, batch, latent = *windows.reward.shape, c.latent_dim
         x = (windows.obs - m.obs_mean) / m.obs_std
         if self._encoder is None:

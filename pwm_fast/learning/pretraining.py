@@ -1,4 +1,4 @@
-"""World-model learning: Adam on the loss of PWM's Equation 10 (TD-MPC2's without its value terms), and validation.
+"""World-model learning: Adam on the loss of PWM's Equation 10 (TD-MPC2's without its value terms).
 
 A batch is a function of the step alone, so a run resumes exactly. The loss and its gradient: `model_gradient.py`.
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.learning.configuration import PRECISIONS
 from pwm_fast.learning.model_gradient import ModelGradient
 from pwm_fast.learning.optim import Adam
@@ -23,7 +22,6 @@ from pwm_fast.models.parameters import FlatParameters
 from pwm_fast.models.world_model import WorldModel
 
 BETAS = (0.9, 0.999)
-VALIDATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -82,39 +80,6 @@ class Windows:
             as_tensor(batch["task"]).long() if with_task else None,
             as_tensor(batch["valid"]).float() if "valid" in batch else None,
         )
-
-
-def fit_normalisation(model: WorldModel, statistics: dict[str, Any]) -> None:
-    """Set observation mean and deviation, and the reward scale, from a store's statistics.
-
-    Constant observation entries get deviation 1. A linear two-hot head clamps to [vmin, vmax], so 98% of the rewards
-    fill half of that range and a policy better than the data still has room; symlog heads keep scale 1.
-    """
-    std = torch.as_tensor(statistics["obs_std"], dtype=torch.float32)
-    model.obs_mean.copy_(torch.as_tensor(statistics["obs_mean"], dtype=torch.float32))
-    model.obs_std.copy_(torch.where(std > 1e-4, std, torch.ones_like(std)))
-    if not model.config.reward_symlog:
-        quantiles = statistics["reward_quantiles"]
-        largest = max(abs(quantiles["0.01"]), abs(quantiles["0.99"]), 1e-6)
-        model.reward_scale.fill_(largest / (0.5 * model.config.vmax if model.config.num_bins > 1 else 1.0))
-
-
-@torch.no_grad()
-def fit_steps(model: WorldModel, windows: Windows) -> None:
-    """Set mean and deviation of a step's change of the latent state, where the model predicts that."""
-    if model.config.residual:
-        z = model.encode(windows.obs, windows.task)
-        change = (z[1:] - z[:-1]).flatten(0, 1)
-        model.step_mean.copy_(change.mean(0))
-        model.step_std.copy_(change.std(0).clamp(min=1e-4))
-
-
-def rollout(model: WorldModel, windows: Windows) -> Tensor:
-    """Open-loop latents z [H+1, B, Z] from the first observation under the recorded actions."""
-    z = [model.encode(windows.obs[0], windows.task)]
-    for action in windows.action:
-        z.append(model.next(z[-1], action, windows.task))
-    return torch.stack(z)
 
 
 class Pretraining:
@@ -197,99 +162,3 @@ def _flattened(parameters: dict[str, nn.Parameter]) -> FlatParameters:
         flat[name][0] = p.detach()
         p.data, p.grad = flat[name][0], flat.grads[name][0]
     return flat
-
-
-def store_batches(
-    store: EpisodeStore,
-    episodes: np.ndarray | None,
-    config: PretrainingConfig,
-    seed: int,
-    with_task: bool,
-    partial: bool = True,
-    device: str | torch.device = "cpu",
-) -> Callable[[int], Windows]:
-    """Windows that start anywhere in some episodes of a store, a pure function of (seed, step)."""
-    sampler = WindowSampler(store, config.horizon, episodes=episodes, seed=seed, partial=partial)
-    return lambda step: Windows.of(sampler.windows(step, config.batch_size), with_task, device)
-
-
-@torch.no_grad()
-def validate(model: WorldModel, batches: list[Windows], endings: list[Windows]) -> dict[str, float]:
-    """Open-loop quality on held-out windows: `batches` are whole, `endings` may meet their episodes' ends.
-
-    `latent_error`: mean squared error of z_H over the variance of the encodings (0 is perfect, 1 is the mean's);
-    `return_r2`: R^2 of the summed H-step reward; `reward_mae` per step; `termination_auc` where there is a head.
-    """
-    errors, encodings, predicted, actual, step_error, logits, ended = [], [], [], [], [], [], []
-    for w in batches:
-        z, goal = rollout(model, w), model.encode(w.obs[-1], w.task)
-        errors.append((z[-1] - goal).square().mean(0))
-        encodings.append(goal)
-        reward = model.reward(z[:-1], w.action, w.task)
-        predicted.append(reward.sum(0))
-        actual.append(w.reward.sum(0))
-        step_error.append((reward - w.reward).abs().mean())
-    for w in endings if model.has_termination else []:
-        logit = model.termination_logit(rollout(model, w)[1:], w.task)
-        valid = torch.ones_like(logit) if w.valid is None else w.valid
-        logits.append(logit[valid > 0])
-        ended.append(w.terminated[valid > 0])
-    variance = torch.cat(encodings).var(0, unbiased=False)
-    p, a = torch.cat(predicted), torch.cat(actual)
-    out = {
-        "latent_error": (torch.stack(errors).mean(0).sum() / variance.sum()).item(),
-        "return_r2": (1.0 - (p - a).square().mean() / a.var(unbiased=False).clamp(min=1e-12)).item(),
-        "reward_mae": torch.stack(step_error).mean().item(),
-    }
-    if logits and 0 < torch.cat(ended).sum() < torch.cat(ended).numel():
-        out["termination_auc"] = _auc(torch.cat(logits), torch.cat(ended))
-    return out
-
-
-def _auc(score: Tensor, label: Tensor) -> float:
-    """Area under the ROC curve, from ranks."""
-    rank = torch.empty_like(score)
-    rank[score.argsort()] = torch.arange(1, len(score) + 1, dtype=score.dtype)
-    positives = label.sum()
-    area = rank[label > 0].sum() - positives * (positives + 1) / 2
-    return (area / (positives * (len(label) - positives))).item()
-
-
-class StoreTraining:
-    """Everything of a pre-training run on one store: split, normalisation, batches, validation.
-
-    `validation_fraction` of the episodes, shuffled, is held out; validation windows are the same at every call and
-    `validation_horizon` steps long, whatever the training's.
-    """
-
-    def __init__(
-        self,
-        store: EpisodeStore,
-        model: WorldModel,
-        config: PretrainingConfig,
-        seed: int = 0,
-        validation_fraction: float = 0.05,
-        validation_batches: int = 4,
-        validation_horizon: int = 16,
-    ):
-        if store.obs_dim != model.config.obs_dim or store.action_dim != model.config.action_dim:
-            raise ValueError(
-                f"the store has {store.obs_dim} observations and {store.action_dim} actions, the world model "
-                f"{model.config.obs_dim} and {model.config.action_dim}"
-            )
-        self.statistics = store.statistics()
-        training, held_out = store.split(validation_fraction, seed)
-        fit_normalisation(model, self.statistics)
-        with_task = model.config.num_tasks > 0
-        device = model.obs_mean.device
-        batches = store_batches(store, training, config, seed, with_task, device=device)
-        self.pretraining = Pretraining(model, config, batches)
-        looking = replace(config, horizon=validation_horizon, batch_size=VALIDATION_BATCH)
-        whole = store_batches(store, held_out, looking, seed + 1, with_task, partial=False, device=device)
-        anywhere = store_batches(store, held_out, looking, seed + 1, with_task, device=device)
-        fit_steps(model, Windows.of(WindowSampler(store, 1, training, seed).windows(0, 65_536), with_task, device))
-        self._validation = [whole(i) for i in range(validation_batches)]
-        self._endings = [anywhere(i) for i in range(validation_batches)]
-
-    def validate(self) -> dict[str, float]:
-        return validate(self.pretraining.model, self._validation, self._endings)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from small import ACTION_DIM, OBS_DIM, SMALL, relative, start_obs, world_model
 
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig
-from small import ACTION_DIM, OBS_DIM, SMALL, relative, start_obs, world_model
 
 DIMS = [(OBS_DIM, ACTION_DIM), (4, 2), (5, 1)]
 

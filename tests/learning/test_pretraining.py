@@ -10,15 +10,14 @@ from torch.nn import functional as F
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
 from pwm_fast.kernels import two_hot
 from pwm_fast.learning.model_gradient import ModelGradient
+from pwm_fast.learning.model_validation import _auc, validate
 from pwm_fast.learning.pretraining import (
     PRESETS,
     Pretraining,
     PretrainingConfig,
-    StoreTraining,
     Windows,
-    _auc,
-    validate,
 )
+from pwm_fast.learning.store_training import StoreTraining
 from pwm_fast.models.world_model import LATENTS, WorldModel, WorldModelConfig
 from pwm_fast.state_files import load_state, save_state
 
