@@ -17,9 +17,10 @@ from torch import Tensor
 from pwm_fast.learning.captured import StepGraph
 from pwm_fast.learning.configuration import ExtractionConfig
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.pretraining import PRESETS, Pretraining, PretrainingConfig, Windows, fit_steps
+from pwm_fast.learning.pretraining import PRESETS, Pretraining, PretrainingConfig, Windows
 from pwm_fast.learning.pretraining_graph import PretrainingGraph
 from pwm_fast.learning.step_inputs import StartTable
+from pwm_fast.learning.store_training import fit_steps
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 

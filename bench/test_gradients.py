@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.packed import unpack
 from pwm_fast.envs.dflex import DifferentiableEnv
-from pwm_fast.learning.pretraining import PRESETS, StoreTraining
+from pwm_fast.learning.pretraining import PRESETS
+from pwm_fast.learning.store_training import StoreTraining
 from pwm_fast.models.world_model import LATENTS, WorldModel, WorldModelConfig
 from pwm_fast.shipped import shipped
 

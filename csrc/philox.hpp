@@ -19,11 +19,15 @@ inline std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, ui
     return counter;
 }
 
-// 64 random bits for element `index` of draw number `step` of one stream of one seed.
-inline uint64_t random_bits(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index) {
+struct RandomPair {
+    uint64_t first, second;
+};
+
+// Twice 64 random bits for element `index` of draw number `step` of one stream of one seed.
+inline RandomPair random_pair(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index) {
     const auto words = philox4x32_10({index, stream, static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)},
                                      static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    return words[0] | (uint64_t{words[1]} << 32);
+    return {words[0] | (uint64_t{words[1]} << 32), words[2] | (uint64_t{words[3]} << 32)};
 }
 
 // A number in [0, limit): the high half of the 128-bit product. Its bias is below limit / 2^64. Written in 32-bit

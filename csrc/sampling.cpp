@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -68,23 +69,25 @@ const T* checked(const Column<T>& array, std::vector<int64_t> shape, const char*
     return array.data();
 }
 
-// rows[i] = first row of the window drawn for index i: uniform over all windows of the chosen episodes.
-// cumulative [E+1]: number of windows before each episode; first_row [E]: the row that episode starts at.
-void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const Column<int64_t>& cumulative,
-               const Column<int64_t>& first_row, Column<int64_t>& rows) {
-    require(cumulative.ndim() == 1 && cumulative.size() >= 2, "cumulative must be [E+1] with E >= 1");
-    const int64_t episodes = cumulative.size() - 1;
-    const int64_t* offsets = cumulative.data();
-    const int64_t* first = checked(first_row, {episodes}, "first_row");
+template <typename T>
+std::vector<T> listed(const Column<T>& array) {
+    require(array.ndim() == 1, "the parts of a draw must have one dimension");
+    return {array.data(), array.data() + array.size()};
+}
+
+std::shared_ptr<pwm_fast::Draw> make_draw(const Column<int64_t>& offsets, const Column<int64_t>& first_row,
+                                          const Column<int64_t>& group, const Column<uint64_t>& threshold) {
+    return std::make_shared<pwm_fast::Draw>(listed(offsets), listed(first_row), listed(group), listed(threshold));
+}
+
+// rows[i] = first row of the window drawn for index i.
+void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const pwm_fast::Draw& draw, Column<int64_t>& rows) {
     require(rows.ndim() == 1, "rows must be [B]");
-    require(offsets[0] == 0 && offsets[episodes] >= 1, "cumulative must start at 0 and count at least one window");
     int64_t* out = rows.mutable_data();
     const int64_t count = rows.size();
     py::gil_scoped_release release;
-    for (int64_t i = 0; i < count; ++i) {
-        const uint64_t bits = pwm_fast::random_bits(seed, stream, step, static_cast<uint32_t>(i));
-        out[i] = pwm_fast::drawn_row(bits, offsets, first, episodes).row;
-    }
+    for (int64_t i = 0; i < count; ++i)
+        out[i] = draw(pwm_fast::random_pair(seed, stream, step, static_cast<uint32_t>(i))).row;
 }
 
 // out_obs [H+1, B, S], out_action [H, B, A], out_reward [H, B], out_terminated [H, B], out_task [B].
@@ -151,9 +154,12 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
 }  // namespace
 
 void register_sampling(py::module_& module) {
-    module.def("draw_rows", &draw_rows, py::arg("seed"), py::arg("stream"), py::arg("step"),
-               py::arg("cumulative").noconvert(), py::arg("first_row").noconvert(), py::arg("rows").noconvert(),
-               "Fills rows [B] with uniform window starts (Philox4x32-10, counter = (index, stream, step)).");
+    py::class_<pwm_fast::Draw, std::shared_ptr<pwm_fast::Draw>>(module, "Draw", "See pwm_fast/data/drawing.py.")
+        .def(py::init(&make_draw), py::arg("offsets").noconvert(), py::arg("first_row").noconvert(),
+             py::arg("group").noconvert(), py::arg("threshold").noconvert());
+    module.def("draw_rows", &draw_rows, py::arg("seed"), py::arg("stream"), py::arg("step"), py::arg("draw"),
+               py::arg("rows").noconvert(),
+               "Fills rows [B] with drawn window starts (Philox4x32-10, counter = (index, stream, step)).");
     module.def("gather_windows", &gather_windows, py::arg("obs").noconvert(), py::arg("action").noconvert(),
                py::arg("reward").noconvert(), py::arg("terminated").noconvert(), py::arg("task").noconvert(),
                py::arg("rows").noconvert(), py::arg("horizon"), py::arg("threads"), py::arg("out_obs").noconvert(),

@@ -11,7 +11,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "philox.hpp"
+#include "sampling_draw.hpp"
 
 namespace pwm_fast {
 
@@ -36,24 +36,6 @@ struct WindowBatch {
     uint8_t* terminated = nullptr;
     int32_t* task = nullptr;
 };
-
-struct DrawnRow {
-    int64_t row;
-    int64_t episode;  // its place among the chosen episodes
-};
-
-// Uniform over all windows of the chosen episodes. offsets [E+1]: number of windows before each episode;
-// first_row [E]: the row that episode starts at.
-inline DrawnRow drawn_row(uint64_t bits, const int64_t* offsets, const int64_t* first_row, int64_t episodes) {
-    const auto drawn = static_cast<int64_t>(scale_to(bits, static_cast<uint64_t>(offsets[episodes])));
-    int64_t episode = 0;
-    for (int64_t left = episodes; left > 1;) {  // the last with offsets[episode] <= drawn; branches would be guesses
-        const int64_t half = left / 2;
-        episode += half & -static_cast<int64_t>(offsets[episode + half] <= drawn);
-        left -= half;
-    }
-    return {first_row[episode] + drawn - offsets[episode], episode};
-}
 
 // Copies floats and notices what is infinite or NaN: their exponents are all ones. One pass, because the rows come from
 // memory; SSE2, which every x86-64 has, because compilers keep the sum of a loop this short out of registers.

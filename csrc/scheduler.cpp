@@ -49,20 +49,14 @@ RolloutScheduler::~RolloutScheduler() { close(); }
 // Rows outside the store never become reads outside its memory.
 void RolloutScheduler::check(const Policy& policy) const {
     const Draw& draw = *policy.draw;
-    const size_t episodes = draw.first_row.size();
     require(policy.step >= 0 && policy.step < policy.end,
             "policy " + std::to_string(policy.id) + " must have steps left, got step " + std::to_string(policy.step) +
                 " of " + std::to_string(policy.end));
-    require(episodes >= 1 && draw.offsets.size() == episodes + 1 && draw.offsets.front() == 0 &&
-                draw.offsets.back() >= 1,
-            "a draw must have first_row [E] and offsets [E+1] that begin at 0 and count at least one window");
     const int64_t after = shape_.partial ? 1 : shape_.horizon;  // rows that must follow the drawn one
-    for (size_t e = 0; e < episodes; ++e) {
-        const int64_t count = draw.offsets[e + 1] - draw.offsets[e], first = draw.first_row[e];
-        require(count >= 0 && first >= 0 && count <= source_.columns.rows &&
-                    first <= source_.columns.rows - count - after,
+    for (int64_t e = 0; e < draw.episodes(); ++e)
+        require(draw.first(e) >= 0 && draw.count(e) <= source_.columns.rows &&
+                    draw.first(e) <= source_.columns.rows - draw.count(e) - after,
                 "a window lies outside the store");
-    }
 }
 
 void RolloutScheduler::admit(Policy policy) {
@@ -309,10 +303,8 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
         const Policy& policy = slot.rows[p];
         const Draw& draw = *policy.draw;
         for (int64_t i = 0; i < stop - begin; ++i) {
-            const uint64_t bits = random_bits(policy.seed, stream, static_cast<uint64_t>(policy.step),
-                                              static_cast<uint32_t>(b + i));
-            const DrawnRow drawn = drawn_row(bits, draw.offsets.data(), draw.first_row.data(),
-                                             static_cast<int64_t>(draw.first_row.size()));
+            const Draw::Drawn drawn = draw(random_pair(policy.seed, stream, static_cast<uint64_t>(policy.step),
+                                                       static_cast<uint32_t>(b + i)));
             rows[i] = std::min(drawn.row, last);  // a partial window must not run over the store's end
             if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, draw, drawn, rows[i]);
         }
@@ -338,9 +330,8 @@ WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {
 }
 
 // valid [H, B] of one window: its transitions before the episode's last row.
-void RolloutScheduler::mark_valid(uint8_t* valid, const Draw& draw, const DrawnRow& drawn, int64_t row) const {
-    const int64_t e = drawn.episode;
-    int64_t last = draw.first_row[e] + draw.offsets[e + 1] - draw.offsets[e];
+void RolloutScheduler::mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const {
+    int64_t last = draw.first(drawn.episode) + draw.count(drawn.episode);
     if (row != drawn.row)
         last = *std::upper_bound(source_.episode_start, source_.episode_start + source_.episodes, row) - 1;
     for (int64_t h = 0; h < shape_.horizon; ++h) valid[h * shape_.batch] = h < last - row;

@@ -113,7 +113,7 @@ private:
     Slot* unclaimed();
     Found fill(const Slot& slot, int64_t piece) const;
     WindowBatch part_of(const Slot& slot, int64_t policy) const;
-    void mark_valid(uint8_t* valid, const Draw& draw, const DrawnRow& drawn, int64_t row) const;
+    void mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const;
     void check(const Policy& policy) const;
     void change(const std::function<void(Roster&)>& edit);
     void plan();

@@ -39,15 +39,6 @@ T* memory_of(const Arrays& arrays, const std::string& name, const std::vector<in
     return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
-std::shared_ptr<pwm_fast::Draw> make_draw(const py::array_t<int64_t, py::array::c_style>& offsets,
-                                          const py::array_t<int64_t, py::array::c_style>& first_row) {
-    if (offsets.ndim() != 1 || first_row.ndim() != 1) throw std::invalid_argument("a draw must be [E+1] and [E]");
-    auto draw = std::make_shared<pwm_fast::Draw>();
-    draw->offsets.assign(offsets.data(), offsets.data() + offsets.size());
-    draw->first_row.assign(first_row.data(), first_row.data() + first_row.size());
-    return draw;
-}
-
 class BoundScheduler {
 public:
     BoundScheduler(const Arrays& columns, const std::vector<std::pair<std::string, int64_t>>& files,
@@ -205,8 +196,6 @@ private:
 }  // namespace
 
 void register_scheduler(py::module_& module) {
-    py::class_<pwm_fast::Draw, std::shared_ptr<pwm_fast::Draw>>(module, "Draw", "The rows that a policy may draw.")
-        .def(py::init(&make_draw), py::arg("offsets").noconvert(), py::arg("first_row").noconvert());
     py::class_<BoundScheduler>(module, "RolloutScheduler", "See pwm_fast/data/scheduler.py, which is its face.")
         .def(py::init<const Arrays&, const std::vector<std::pair<std::string, int64_t>>&, const Arrays&, int64_t,
                       int64_t, int64_t, bool, int>(),

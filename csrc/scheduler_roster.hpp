@@ -11,13 +11,9 @@
 #include <utility>
 #include <vector>
 
-namespace pwm_fast {
+#include "sampling_draw.hpp"
 
-// The rows a policy may draw: see drawn_row() in sampling.hpp.
-struct Draw {
-    std::vector<int64_t> offsets;    // [E+1]
-    std::vector<int64_t> first_row;  // [E]
-};
+namespace pwm_fast {
 
 struct Policy {
     int64_t id = 0;

@@ -65,15 +65,19 @@ struct Store {
         return {{obs.data(), action.data(), reward.data(), terminated.data(), task.data(), start.back(), kObs, kAction},
                 start.data(), static_cast<int64_t>(start.size()) - 1, StoreFiles(std::move(files))};
     }
-    std::shared_ptr<Draw> draw(const BatchShape& shape) const {
-        auto draw = std::make_shared<Draw>();
-        draw->offsets = {0};
+    // Of one group, or of two with shares 1/4 and 3/4.
+    std::shared_ptr<Draw> draw(const BatchShape& shape, bool grouped) const {
+        std::vector<int64_t> offsets{0}, first_row(start.begin(), start.end() - 1);
         for (size_t e = 0; e + 1 < start.size(); ++e) {
             const int64_t after = shape.partial ? 1 : std::max<int64_t>(shape.horizon, 1);
-            draw->first_row.push_back(start[e]);
-            draw->offsets.push_back(draw->offsets.back() + start[e + 1] - start[e] - after);
+            offsets.push_back(offsets.back() + start[e + 1] - start[e] - after);
         }
-        return draw;
+        const auto episodes = static_cast<int64_t>(first_row.size());
+        if (!grouped || episodes < 2)
+            return std::make_shared<Draw>(offsets, first_row, std::vector<int64_t>{0, episodes},
+                                          std::vector<uint64_t>{});
+        return std::make_shared<Draw>(offsets, first_row, std::vector<int64_t>{0, 1, episodes},
+                                      std::vector<uint64_t>{uint64_t{1} << 62});
     }
 };
 
@@ -104,10 +108,9 @@ void check(const Store& store, const BatchShape& shape, const SlotMemory& at, co
     for (int64_t p = 0; p < static_cast<int64_t>(rows.size()); ++p) {
         const Policy& policy = rows[p];
         for (int64_t b = 0; b < B; ++b) {
-            const uint64_t bits = random_bits(policy.seed, H == 0 ? kStartStream : kWindowStream,
-                                              static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b));
-            int64_t row = drawn_row(bits, policy.draw->offsets.data(), policy.draw->first_row.data(),
-                                    static_cast<int64_t>(policy.draw->first_row.size())).row;
+            const RandomPair bits = random_pair(policy.seed, H == 0 ? kStartStream : kWindowStream,
+                                                static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b));
+            int64_t row = (*policy.draw)(bits).row;
             row = std::min(row, store.start.back() - H - 1);
             const int64_t next = *std::upper_bound(store.start.begin(), store.start.end(), row);
             for (int64_t h = 0; h <= H; ++h) {
@@ -166,7 +169,7 @@ void round(std::mt19937& random, Counts& counts) {
     shape.piece_bytes = 1 << (6 + below(6));
     std::vector<std::unique_ptr<Ring>> rings;
     rings.push_back(std::make_unique<Ring>(1 + below(4), shape));
-    const auto draw = store.draw(shape);
+    const auto draw = store.draw(shape, below(2) == 0);
     size_t current = 0;  // of rings: the one in use
     std::set<int64_t> held;
     std::map<int64_t, int64_t> last;  // step of each policy that was seen last

@@ -1,5 +1,7 @@
 """python -m pwm_fast.pretrain --task humanoid --data DIR --size 5M --steps 10000: learn a world model from episodes.
 
+Several tasks (--task mw-reach mw-drawer-open --data DIR [DIR ...]) make one world model with task embeddings, numbered
+and padded as MT30 or MT80, every task with the same share of a batch; each store may hold one task or several.
 Writes OUT/world_model.safetensors, OUT/metrics.csv and OUT/checkpoint.safetensors (for --resume, exact).
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,36 +21,40 @@ from pwm_fast import backend
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
 from pwm_fast.errors import check_device, positive, run_command
-from pwm_fast.learning.pretraining import PRESETS, StoreTraining
+from pwm_fast.learning.pretraining import PRESETS
 from pwm_fast.learning.pretraining_graph import PretrainingGraph
+from pwm_fast.learning.store_training import StoreTraining
+from pwm_fast.learning.task_windows import TaskData, TaskSpace, returns
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.progress import Interrupt, Progress, resume_command
 from pwm_fast.run_folder import RunFolder, latest_path, new_path, versions
 
 LOG_EVERY, VALIDATE_EVERY = 50, 500
 TERMINATION_DIM = 128
+ENDING = ("dflex", "gymnasium")  # suites whose episodes may end before their time
 
 
 @dataclass
 class Options:
     """Learn a world model from an episode store."""
 
-    task: str
-    """Task name (python -m pwm_fast.tasks lists them)."""
-    data: Path
-    """Episode store, e.g. one that pwm_fast.collect wrote."""
+    task: tuple[str, ...]
+    """Task names (python -m pwm_fast.tasks lists them)."""
+    data: tuple[Path, ...]
+    """Episode stores, e.g. those that pwm_fast.collect wrote."""
     size: str = "5M"
     """World-model size: 1M, 5M, 19M, 48M, 317M."""
     steps: int = 10_000
     """Gradient steps."""
-    latent: Literal["observation", "simnorm"] = "observation"
-    """Latent state: the normalised observation with residual dynamics, or TD-MPC2's learned one."""
+    latent: Literal["observation", "simnorm"] | None = None
+    """Latent state: the normalised observation with residual dynamics (default of one task), or TD-MPC2's learned one
+    (default of several)."""
     batch_size: int | None = None
     """Windows per step (default: 1024 for observation, 256 for simnorm)."""
     horizon: int | None = None
     """Transitions per window (default: 1 for observation, 16 for simnorm)."""
     out: Path | None = None
-    """Folder to write (default: runs/pretrain-TASK)."""
+    """Folder to write (default: runs/pretrain-TASK, of several tasks runs/pretrain-N-tasks)."""
     resume: bool = False
     """Continue the run in --out exactly."""
     seed: int = 0
@@ -67,23 +74,18 @@ def main(options: Options) -> int:
         if getattr(options, name) is not None:
             positive(name, getattr(options, name))
     check_device(options.device, options.precision)
-    task = registry.get(options.task)
+    tasks = [registry.get(name) for name in options.task]
+    space = TaskSpace.of(tasks)
     if options.threads is not None:
         positive("threads", options.threads)
         torch.set_num_threads(options.threads)
-    name = f"pretrain-{task.name}"
-    out = options.out or (latest_path(name) if options.resume else new_path(name))
-    store = EpisodeStore.open(options.data)
-    if (store.obs_dim, store.action_dim) != (task.obs_dim, task.action_dim):
-        raise ValueError(
-            f"{options.data} has {store.obs_dim} observations and {store.action_dim} actions, task {task.name} has "
-            f"{task.obs_dim} and {task.action_dim}: is it another task's data?"
-        )
+    title = tasks[0].name if len(tasks) == 1 else f"{len(tasks)}-tasks"
+    out = options.out or (latest_path if options.resume else new_path)(f"pretrain-{title}")
+    stores = [EpisodeStore.open(path) for path in options.data]
+    data = TaskData.of_tasks(stores, tasks, seed=options.seed)
     torch.manual_seed(options.seed)
-    architecture = WorldModelConfig.of_size(
-        options.size, task.obs_dim, task.action_dim, options.latent, termination_dim=TERMINATION_DIM
-    )
-    usual = PRESETS[options.latent]
+    architecture = architecture_of(space, tasks, options.size, options.latent)
+    usual = PRESETS[architecture.latent]
     config = replace(
         usual,
         steps=options.steps,
@@ -93,20 +95,44 @@ def main(options: Options) -> int:
     )
     model = WorldModel(architecture).to(options.device)
     with RunFolder(out, resume=options.resume) as folder:
-        recorded = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-        folder.begin(recorded, free=("out", "resume", "threads", "checkpoint_minutes"))
+        folder.begin(_recorded(options), free=("out", "resume", "threads", "checkpoint_minutes"))
         where = f"{options.device} {options.precision}"
         print(f"{backend.describe(options.device)} · {where} · {torch.get_num_threads()} threads")
-        print(f"world model {options.size}: {model.num_parameters / 1e6:.2f}M parameters · data: {store!r}")
-        training = StoreTraining(store, model, config, options.seed)
+        print(f"world model {options.size}: {model.num_parameters / 1e6:.2f}M parameters")
+        for store in stores:
+            print(f"data: {store!r}")
+        training = StoreTraining(data, model, config, options.seed)
         state = folder.load_checkpoint() if options.resume else None
         if state is not None:
             training.pretraining.load_state_dict(state)
-        _run(training, folder, options, task.name)
-        model.provenance = provenance(task.name, options, training, store)
+        _run(training, folder, options, title)
+        model.provenance = provenance(options, training, stores)
         model.save(folder.file("world_model.safetensors"))
+        _show(model.provenance["validation"])
         print(f"world model: {folder.file('world_model.safetensors')}")
     return 0
+
+
+def architecture_of(space: TaskSpace, tasks: Sequence[registry.Task], size: str, latent: str | None = None
+                    ) -> WorldModelConfig:  # fmt: skip
+    """The world model of some tasks. Of several it is TD-MPC2's, with its task embedding and rewards of any scale."""
+    options: dict[str, Any] = {}
+    if len(space.names) > 1:
+        wide = len(space.names) > 30 or size in ("1M", "317M")  # as in the published checkpoints
+        options = {"num_tasks": len(space.names), "task_dim": 96 if wide else 64}
+    latent = latent or ("simnorm" if options else "observation")
+    if options and latent == "simnorm":
+        options["reward_symlog"] = True
+    if any(task.suite in ENDING for task in tasks):
+        options["termination_dim"] = TERMINATION_DIM
+    return WorldModelConfig.of_size(size, space.obs_dim, space.action_dim, latent, **options)
+
+
+def _recorded(options: Options) -> dict[str, Any]:
+    """The options as JSON has them, those of one task and store as they always were."""
+    recorded = asdict(options) | {"data": [str(path) for path in options.data], "task": list(options.task)}
+    recorded["out"] = None if options.out is None else str(options.out)
+    return {k: v[0] if k in ("task", "data") and len(v) == 1 else v for k, v in recorded.items()}
 
 
 def _run(training: StoreTraining, folder: RunFolder, options: Options, task: str) -> None:
@@ -141,25 +167,47 @@ def _run(training: StoreTraining, folder: RunFolder, options: Options, task: str
         interrupt.raise_if_set(f"saved; resume with: {resume_command('pwm_fast.pretrain', folder.path)}")
 
 
-def provenance(task: str, options: Options, training: StoreTraining, store: EpisodeStore) -> dict[str, Any]:
-    """What a reader of the model file should know of its making."""
-    config = training.pretraining.config
-    returns = np.asarray(training.statistics["returns"])
+def provenance(options: Options, training: StoreTraining, stores: Sequence[EpisodeStore]) -> dict[str, Any]:
+    """What a reader of the model file should know of its making.
+
+    `task` is its only task's name; of several, `tasks` are their numbers by name and `action_dims` their actions.
+    """
+    config, data = training.pretraining.config, training.data
+    names = " ".join(options.task)
+    found: dict[str, Any] = {"task": options.task[0]}
+    if len(options.task) > 1:
+        numbers = {data.space.names[number]: number for number in data.tasks}
+        found = {"tasks": numbers, "action_dims": {k: data.space.action_dims[i] for k, i in numbers.items()}}
+    by_task = {data.space.names[i]: np.concatenate([returns(part) for part in data.only(i).parts]) for i in data.tasks}
+    total = [
+        {
+            "episodes": len(value),
+            "transitions": sum(part.transitions for part in data.only(i).parts),
+            "return_mean": float(value.mean()),
+            "return_best": float(value.max()),
+        }
+        for i, value in zip(data.tasks, by_task.values())
+    ]
+    single = len(total) == 1
     return {
-        "task": task,
-        "command": f"python -m pwm_fast.pretrain --task {task} --size {options.size} --latent {options.latent} "
-        f"--steps {options.steps} --batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}"
+        **found,
+        "command": f"python -m pwm_fast.pretrain --task {names} --size {options.size} "
+        f"--latent {training.pretraining.model.config.latent} --steps {options.steps} "
+        f"--batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}"
         + f" --precision {config.precision}" * (config.precision != "fp32"),
-        "data": {
-            "episodes": store.num_episodes,
-            "transitions": store.num_transitions,
-            "return_mean": float(returns.mean()),
-            "return_best": float(returns.max()),
-            "meta": store.meta,
-        },
+        "data": (total[0] if single else dict(zip(by_task, total))) | {"meta": stores[0].meta if len(stores) == 1
+                                                                       else [store.meta for store in stores]},
         "validation": training.validate(),
         "versions": versions(),
-    }
+    }  # fmt: skip
+
+
+def _show(validation: dict[str, float]) -> None:
+    """The held-out numbers, a line a task."""
+    tasks = {name.rpartition("/")[0]: None for name in validation}
+    for task in tasks:
+        numbers = {k.rpartition("/")[2]: v for k, v in validation.items() if k.rpartition("/")[0] == task}
+        print(f"held out{' ' * bool(task)}{task}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
 
 
 if __name__ == "__main__":

@@ -26,17 +26,23 @@ def philox4x32_10(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 def random_bits(seed: int, stream: int, step: int, count: int) -> np.ndarray:
     """64 random bits for every index in [0, count): uint64 [count]. seed and step are taken modulo 2^64."""
+    return random_pairs(seed, stream, step, count)[0]
+
+
+def random_pairs(seed: int, stream: int, step: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`random_bits`, and 64 more that are independent of them: the counter's other half."""
     counter = np.empty((4, count), np.uint64)
     counter[0] = np.arange(count, dtype=np.uint64)
     counter[1], counter[2], counter[3] = stream, step & 0xFFFFFFFF, (step >> 32) & 0xFFFFFFFF
     words = philox4x32_10(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
-    return words[0] | (words[1] << _SHIFT)
+    return words[0] | (words[1] << _SHIFT), words[2] | (words[3] << _SHIFT)
 
 
-def scale_to(bits: np.ndarray, limit: int) -> np.ndarray:
+def scale_to(bits: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
     """Numbers in [0, limit) as int64: the high half of the 128-bit product; the bias is below limit / 2^64."""
+    limit = np.asarray(limit).astype(np.uint64)
     a0, a1 = bits & _LOW, bits >> _SHIFT
-    b0, b1 = np.uint64(limit & 0xFFFFFFFF), np.uint64(limit >> 32)
+    b0, b1 = limit & _LOW, limit >> _SHIFT
     middle = a1 * b0 + ((a0 * b0) >> _SHIFT)
     other = a0 * b1 + (middle & _LOW)
     return (a1 * b1 + (middle >> _SHIFT) + (other >> _SHIFT)).astype(np.int64)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from pwm_fast.data.drawing import Tasks
 from pwm_fast.data.sampling import WindowSampler
 from pwm_fast.data.scheduler import Batch, RingFullError, RolloutScheduler
 from pwm_fast.data.store import EpisodeStore
@@ -28,12 +29,16 @@ class PrefetchingSampler(WindowSampler):
         backend: str | None = None,
         partial: bool = False,
         prefetch: int = 2,
+        *,
+        tasks: Tasks | None = None,
+        balanced: bool = False,
     ) -> None:
-        super().__init__(store, horizon, episodes, seed, threads, backend, partial)
+        super().__init__(store, horizon, episodes, seed, threads, backend, partial, tasks=tasks, balanced=balanced)
         if prefetch < 1:
             raise ValueError(f"prefetch must be >= 1, got {prefetch}")
-        self._windows_ahead = _Ahead(self, episodes, horizon, partial, prefetch)
-        self._starts_ahead = _Ahead(self, episodes, None, False, prefetch)
+        chosen = {"episodes": episodes, "tasks": tasks, "balanced": balanced}
+        self._windows_ahead = _Ahead(self, chosen, horizon, partial, prefetch)
+        self._starts_ahead = _Ahead(self, chosen, None, False, prefetch)
 
     def windows(self, step: int, batch: int, out: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """As `WindowSampler.windows`."""
@@ -57,13 +62,13 @@ class _Ahead:
     def __init__(
         self,
         sampler: WindowSampler,
-        episodes: Sequence[int] | np.ndarray | None,
+        chosen: dict[str, Any],
         horizon: int | None,
         partial: bool,
         prefetch: int,
     ) -> None:
         self._store, self._seed, self._threads = sampler.store, sampler.seed, sampler.threads
-        self._episodes, self._horizon, self._partial, self._prefetch = episodes, horizon, partial, prefetch
+        self._chosen, self._horizon, self._partial, self._prefetch = chosen, horizon, partial, prefetch
         self._scheduler: RolloutScheduler | None = None
         self._last: tuple[int, int] | None = None
 
@@ -78,7 +83,7 @@ class _Ahead:
             self._scheduler = RolloutScheduler(
                 self._store, batch, self._horizon, 1, self._prefetch, self._threads, self._partial, "native"
             )
-            self._scheduler.admit(0, self._seed, self._episodes, step)
+            self._scheduler.admit(0, self._seed, step=step, **self._chosen)
         try:
             got = self._scheduler.at(step)
         except RingFullError:  # the caller keeps them all

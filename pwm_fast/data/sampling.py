@@ -1,4 +1,4 @@
-"""Windows and start states drawn uniformly from an episode store.
+"""Windows and start states drawn from an episode store: of all its tasks or some, uniformly or balanced over them.
 
 A batch is a function of (seed, step) alone: the random numbers are counter-based (Philox4x32-10), so the C++ sampler,
 the numpy one and any number of threads give the same bits. The C++ sampler works without Python's lock.
@@ -10,44 +10,27 @@ from typing import Any
 import numpy as np
 
 from pwm_fast import backend as backends
+from pwm_fast.data.drawing import Draw, Tasks, choose
 from pwm_fast.data.layout import StoreError
-from pwm_fast.data.philox import random_bits, scale_to
 from pwm_fast.data.store import EpisodeStore
 
 WINDOW_STREAM, START_STREAM = 0, 1
 
 
-class Draw:
-    """Uniform choice among `counts[e]` consecutive rows of each chosen episode e."""
-
-    def __init__(self, first_row: np.ndarray, counts: np.ndarray) -> None:
-        used = counts > 0
-        self.first_row = np.ascontiguousarray(first_row[used])  # [E]
-        self.cumulative = np.concatenate(([0], np.cumsum(counts[used]))).astype(np.int64)  # [E+1]
-        self.total = int(self.cumulative[-1])
-
-    def rows(self, seed: int, stream: int, step: int, count: int, native: Any) -> np.ndarray:
-        """Drawn rows, int64 [count]."""
-        if native is not None:
-            rows = np.empty(count, np.int64)
-            native.draw_rows(seed, stream, step, self.cumulative, self.first_row, rows)
-            return rows
-        drawn = scale_to(random_bits(seed, stream, step, count), self.total)
-        episode = np.searchsorted(self.cumulative, drawn, side="right") - 1
-        return self.first_row[episode] + drawn - self.cumulative[episode]
-
-
 class WindowSampler:
     """Batches of windows of `horizon` transitions, and of start states, from all or some episodes of a store.
 
+    `episodes` are ids; `tasks` one task's name or id, several, or a mapping {task: weight}. Each window is equally
+    likely, or with `balanced` each task is, or with weights each has its share; within a task each window again.
     Windows never cross an episode's end: an episode of T transitions gives T - horizon + 1 windows (none if it is
-    shorter), T start states (every row but its last), and each is equally likely. With `partial` a window may start in
+    shorter), and T start states (every row but its last). With `partial` a window may start in
     any of those T rows, and `valid` tells which of its transitions come before its episode's end: a model that is to
     imagine from there must have seen them. `threads` is how many threads gather
     one batch; `backend` is "native", "torch" (numpy here) or None for the best (`pwm_fast.backend`).
 
-    Raises StoreError if no chosen episode is long enough, or when a drawn window holds NaN or infinity; ValueError for
-    horizon < 1, threads < 1 or a negative seed.
+    Raises StoreError if no chosen episode is long enough (balanced or weighted: none of some task), or when a drawn
+    window holds NaN or infinity; ValueError for horizon < 1, threads < 1, a seed out of range, an unknown task or a
+    weight that is not > 0.
     """
 
     def __init__(
@@ -59,6 +42,9 @@ class WindowSampler:
         threads: int = 1,
         backend: str | None = None,
         partial: bool = False,
+        *,
+        tasks: Tasks | None = None,
+        balanced: bool = False,
     ) -> None:
         for name, value in (("horizon", horizon), ("threads", threads)):
             if value < 1:
@@ -66,21 +52,20 @@ class WindowSampler:
         _check_seed(seed)
         self.store, self.horizon, self.seed, self.threads = store, int(horizon), int(seed), int(threads)
         self._native = backends.native if backends.resolve(backend) == "native" else None
-        ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes, np.int64).reshape(-1)
-        if len(ids) == 0:
-            raise StoreError("a sampler needs at least one episode, got none")
-        if ids.min() < 0 or ids.max() >= store.num_episodes:
-            bad = ids[(ids < 0) | (ids >= store.num_episodes)][0]
-            raise StoreError(f"episode ids must be in [0, {store.num_episodes}), got {bad}")
+        ids, group, share = choose(store, episodes, tasks, balanced)
         first, lengths = store.episode_start[ids], store.lengths[ids]
-        if store.num_rows <= horizon or (lengths.max() < horizon and not partial):
+        longest = np.maximum.reduceat(lengths, group[:-1])  # [G]
+        if store.num_rows <= horizon or (longest.min() < horizon and not partial):
+            worst = int(longest.argmin())
+            few = ids[group[worst] : group[worst + 1]]
+            task = f" of task {store.task_names[store.episode_task[few[0]]]!r}" if len(longest) > 1 else ""
             raise StoreError(
-                f"no window of horizon {horizon} fits: the longest of the {len(ids)} episodes has {lengths.max()} "
-                "transitions; choose a shorter horizon or add longer episodes"
+                f"no window of horizon {horizon} fits: the longest of the {len(few)} episodes{task} has "
+                f"{longest[worst]} transitions; choose a shorter horizon or add longer episodes"
             )
         self.partial = partial
-        self.window_draw = Draw(first, np.maximum(lengths - horizon + 1, 0))
-        self.start_draw = Draw(first, lengths)
+        self.window_draw = Draw(first, np.maximum(lengths - horizon + 1, 0), group, share)
+        self.start_draw = Draw(first, lengths, group, share)
         # Little-endian columns are the machine's own type wherever the native module runs.
         self._columns = {name: getattr(store, name) for name in ("obs", "action", "reward", "terminated", "task")}
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast import backend as backends
+from pwm_fast.data.drawing import Tasks, listed
 from pwm_fast.data.layout import COLUMNS, StoreError
 from pwm_fast.data.plain_scheduler import PlainScheduler
 from pwm_fast.data.sampling import WindowSampler, not_finite
@@ -137,9 +138,9 @@ class RolloutScheduler:
         backend = backends.resolve(backend)
         self.store, self.batch, self.horizon, self.capacity = store, int(batch), horizon, int(capacity)
         self.partial, self.threads = partial, int(threads)
-        self._samplers: dict[bytes | None, tuple[WindowSampler, Any]] = {}  # by chosen episodes, with the engine's draw
+        self._samplers: dict[str, WindowSampler] = {}  # by what was chosen
         self._sampler = WindowSampler(store, 1 if horizon is None else horizon, backend="torch", partial=partial)
-        self._chosen: dict[int, np.ndarray | None] = {}
+        self._chosen: dict[int, dict[str, Any]] = {}
         self._copying: list[tuple[torch.cuda.Event, int]] = []
         files = [
             (str(store.path / COLUMNS[name].file), getattr(store, name).nbytes)
@@ -175,7 +176,7 @@ class RolloutScheduler:
         if self._native is None:
             return sampler
         draw = sampler.start_draw if self.horizon is None or self.partial else sampler.window_draw
-        return self._native.Draw(draw.cumulative, draw.first_row)
+        return draw.native(self._native)
 
     @property
     def ring(self) -> dict[str, Tensor]:
@@ -209,22 +210,26 @@ class RolloutScheduler:
         episodes: Sequence[int] | np.ndarray | None = None,
         step: int = 0,
         end: int | None = None,
+        *,
+        tasks: Tasks | None = None,
+        balanced: bool = False,
     ) -> None:
         """Adds a policy, last in the order, that draws its steps `step` to `end` (excluded; None: until retired).
 
-        `episodes` are the ids it draws from (None: all). Raises ValueError for an id that is there already, a seed out
-        of range or no steps, StoreError as `WindowSampler` for its episodes.
+        `episodes`, `tasks` and `balanced` say what it draws from, as in `WindowSampler`, whose errors for them are
+        raised; also ValueError for an id that is there already, a seed out of range or no steps.
         """
         if not 0 <= step < (_NO_END if end is None else end):
             raise ValueError(f"step must be >= 0 and below end, got step {step} and end {end}")
-        chosen = None if episodes is None else np.array(episodes, np.int64).reshape(-1)
-        key = None if chosen is None else chosen.tobytes()
+        ids = None if episodes is None else np.array(episodes, np.int64).reshape(-1)
+        chosen: dict[str, Any] = {"episodes": ids, "tasks": listed(tasks), "balanced": balanced}
+        key = repr((None if ids is None else ids.tobytes(), chosen["tasks"], balanced))
         if key not in self._samplers:
-            sampler = WindowSampler(self.store, self._sampler.horizon, chosen, partial=self.partial, backend="torch")
-            self._samplers[key] = sampler, self._draw(sampler)
-        sampler, draw = self._samplers[key]
-        sampler.with_seed(seed)  # refuses one out of range
-        self._engine.admit(policy, seed, step, _NO_END if end is None else end, draw)
+            self._samplers[key] = WindowSampler(
+                self.store, self._sampler.horizon, partial=self.partial, backend="torch", **chosen
+            )
+        sampler = self._samplers[key].with_seed(seed)  # refuses one out of range
+        self._engine.admit(policy, seed, step, _NO_END if end is None else end, self._draw(sampler))
         self._chosen[policy] = chosen
 
     def retire(self, policy: int) -> None:
@@ -256,8 +261,8 @@ class RolloutScheduler:
         self._ring, self.threads = ring, threads
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every policy is; batches taken count as done. A few numbers and the chosen episodes."""
-        return {"policies": [{**p._asdict(), "episodes": self._chosen[p.policy]} for p in self.policies()]}
+        """Where every policy is; batches taken count as done. A few numbers, and what each draws from."""
+        return {"policies": [{**p._asdict(), **self._chosen[p.policy]} for p in self.policies()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `state_dict()` was taken, with its policies in place of the present ones."""

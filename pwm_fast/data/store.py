@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from pwm_fast.data.layout import COLUMNS, StoreError, read_header
 from pwm_fast.data.philox import random_bits
+from pwm_fast.errors import nearest
 
 SPLIT_STREAM = 2  # the sampler's two streams come before it
 _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -75,10 +77,20 @@ class EpisodeStore:
         """Transitions in each episode: int64 [E]."""
         return np.diff(self.episode_start) - 1
 
-    @property
+    @cached_property
     def episode_task(self) -> np.ndarray:
         """The task of each episode: int32 [E]."""
         return np.asarray(self.task[self.episode_start[:-1]])
+
+    def task_id(self, task: int | str) -> int:
+        """The id of a task given by name or id; raises ValueError for one that the store does not name."""
+        if isinstance(task, str):
+            if task not in self.task_names:
+                raise ValueError(f"episode store {self.path}: {nearest('task', task, self.task_names)}")
+            return self.task_names.index(task)
+        if not 0 <= task < len(self.task_names):
+            raise ValueError(f"episode store {self.path}: task ids must be in [0, {len(self.task_names)}), got {task}")
+        return int(task)
 
     def episode(self, index: int) -> dict[str, np.ndarray]:
         """One episode of T transitions: obs [T+1, S], action [T, A], reward [T], terminated [T], task []."""

@@ -11,7 +11,8 @@ from rich.console import Console
 from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
-from pwm_fast.learning.pretraining import PRESETS, StoreTraining
+from pwm_fast.learning.pretraining import PRESETS
+from pwm_fast.learning.store_training import StoreTraining
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.progress import Interrupt, Progress
 from pwm_fast.run_folder import versions

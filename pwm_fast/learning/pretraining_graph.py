@@ -15,7 +15,6 @@ from torch import Tensor
 from pwm_fast.learning.pretraining import Pretraining, Windows
 from pwm_fast.profiling import span
 
-SKIP = "found_inf"  # torch's name, made for loss scaling: fused Adam leaves everything as it is where this is 1
 WARM_UP = 3
 RING = 256
 
@@ -34,8 +33,6 @@ class PretrainingGraph:
         device = learner.model.obs_mean.device
         self._cuda = device.type == "cuda"
         self._step_count = torch.zeros((), dtype=torch.float64, device=device)
-        self._rates = [torch.zeros((), device=device) for _ in learner.optimizer.param_groups]
-        self._bad = torch.zeros((), device=device)
         self._slot = torch.zeros((), dtype=torch.int64, device=device)
         self._names: list[str] = []
         self._rows: Tensor | None = None  # [ring, terms]
@@ -57,10 +54,8 @@ class PretrainingGraph:
             rows = self._rows[:number].to("cpu", copy=True)
             broken = (~torch.isfinite(rows[:, -1])).nonzero()
             if len(broken):
-                raise FloatingPointError(
-                    f"world-model gradient is {rows[broken[0, 0], -1].item()} at step {first + int(broken[0, 0])}: "
-                    f"check the data for outliers, or lower the learning rate ({self.learner.config.learning_rate})"
-                )
+                at = int(broken[0, 0])
+                raise FloatingPointError(self.learner.broken(rows[at, -1].item(), first + at))
             parts.append(rows)
         joined = torch.cat(parts)
         return {name: joined[:, i] for i, name in enumerate(self._names)}
@@ -71,29 +66,23 @@ class PretrainingGraph:
             raise ValueError(f"steps must be 1 to {self.ring}, which is the ring's length, got {steps}")
         learner = self.learner
         self._step_count.fill_(learner.step_count)
-        for group, rate in zip(learner.optimizer.param_groups, self._rates):
-            group["lr"], group["capturable"] = rate, self._cuda
-        setattr(learner.optimizer, SKIP, self._bad)
-        try:
-            self._stage(learner.batch(learner.step_count))
-            if self._cuda and self._graph is None:
-                self._capture()
-            self._slot.zero_()
-            for i in range(steps):
-                if i:
-                    self._stage(learner.batch(learner.step_count))
-                if self._graph is None:
-                    self._step()
-                else:
-                    self._graph.replay()
-                learner.step_count += 1
-        finally:
-            delattr(learner.optimizer, SKIP)
+        self._stage(learner.batch(learner.step_count))
+        if self._cuda and self._graph is None:
+            self._capture()
+        self._slot.zero_()
+        for i in range(steps):
+            if i:
+                self._stage(learner.batch(learner.step_count))
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+            learner.step_count += 1
 
     @span("data")
     def _stage(self, batch: Windows) -> None:
         if self._windows is None:
-            device = self._bad.device
+            device = self._slot.device
             parts: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Windows)}
             self._windows = Windows(**{k: None if v is None else v.to(device, copy=True) for k, v in parts.items()})
             return
@@ -110,14 +99,10 @@ class PretrainingGraph:
         start = (1.0 - c.decay_fraction) * c.steps  # `Pretraining.learning_rate`, on the device
         progress = ((self._step_count - start) / max(c.steps - start, 1.0)).clamp(0.0, 1.0)
         rate = c.learning_rate * (1.0 + (c.final_lr_scale - 1.0) * progress)
-        for group, place in zip(learner.optimizer.param_groups, self._rates):
-            place.copy_(rate * group["scale"])
-        learner.optimizer.zero_grad(set_to_none=True)  # in a capture, backward then writes instead of adding
         with span("world model"):
             terms, norm = learner.gradients(self._windows)
-        self._bad.copy_(~torch.isfinite(norm))
         with span("world model update"):
-            learner.optimizer.step()
+            learner.update(rate, norm)
         values = torch.stack([*terms.values(), norm]).detach()
         if self._rows is None:
             self._names, self._rows = [*terms, "grad_norm"], values.new_zeros(self.ring, len(values))
@@ -128,12 +113,9 @@ class PretrainingGraph:
     def _capture(self) -> None:
         """Warm up on a stream of its own, take the warm-up back, capture."""
         learner = self.learner
-        kept = {k: v.clone() for k, v in learner.model.state_dict().items()}
-        moments = {
-            str(k): {n: x.clone() for n, x in v.items()} for k, v in learner.optimizer.state_dict()["state"].items()
-        }
-        before = {"model": kept, "optimizer": moments, "step": learner.step_count}
-        with torch.cuda.device(self._bad.device):
+        before = learner.state_dict()
+        before["model"] = {k: v.clone() for k, v in before["model"].items()}
+        with torch.cuda.device(self._slot.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -143,7 +125,6 @@ class PretrainingGraph:
                 learner.load_state_dict(before)
                 self._step_count.fill_(learner.step_count)
             torch.cuda.current_stream().wait_stream(stream)
-            learner.optimizer.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step()

@@ -5,13 +5,14 @@ A table needs nothing from the host; buffers are for data that is larger than th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pwm_fast.data.drawing import Task, choose
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.sampling import START_STREAM
 from pwm_fast.learning import noise as counter_noise
@@ -51,6 +52,22 @@ class StartTable:
         self.count = torch.from_numpy(counts).to(like.device)
         self.batch, self.seeds = e.config.batch_size, e.seed_tensor
 
+    @classmethod
+    def of_tasks(cls, extraction: Extraction, store: EpisodeStore, tasks: Sequence[Task]) -> StartTable:
+        """Policy p draws from task `tasks[p]`'s episodes (a name or an id), as `WindowSampler` with these `tasks` does.
+
+        Raises ValueError for an unknown task or another number of them than of policies, StoreError for one without
+        episodes.
+        """
+        if len(tasks) != extraction.policies_count:
+            raise ValueError(f"tasks must name one for each of {extraction.policies_count} policies, got {len(tasks)}")
+        ids = [store.task_id(task) for task in tasks]
+        own = {task: choose(store, tasks=task).ids for task in sorted(set(ids))}
+        obs = np.concatenate([start_rows(store, episodes) for episodes in own.values()])
+        count = {task: int(store.lengths[episodes].sum()) for task, episodes in own.items()}
+        first = dict(zip(count, np.cumsum([0, *count.values()]).tolist()))
+        return cls(extraction, obs, [first[task] for task in ids], [count[task] for task in ids])
+
     def states(self, step: Tensor) -> Tensor:
         """Start observations [P, B, S] of gradient step number `step` [] int64."""
         rows = counter_noise.indices(self.seeds, step, START_STREAM, self.count, self.batch) + self.first[:, None]
@@ -58,12 +75,12 @@ class StartTable:
 
 
 def start_rows(store: EpisodeStore, episodes: np.ndarray | None = None) -> np.ndarray:
-    """Every observation but each episode's last [N, S], in the store's order; of all episodes, or those of some ids."""
-    ids = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes)
-    change = np.zeros(store.num_rows + 1, np.int8)
-    change[store.episode_start[ids]] += 1
-    change[store.episode_start[ids + 1] - 1] -= 1
-    return np.asarray(store.obs)[np.cumsum(change[:-1]) > 0]
+    """Every observation but the last of each of some episodes (None: all) [N, S], in the store's order."""
+    starts = np.zeros(store.num_rows + 1, np.int8)  # +1 where an episode begins, -1 at its last row
+    chosen = np.arange(store.num_episodes) if episodes is None else np.asarray(episodes)
+    starts[store.episode_start[chosen]] = 1
+    starts[store.episode_start[chosen + 1] - 1] = -1
+    return np.asarray(store.obs)[np.cumsum(starts[:-1], dtype=np.int8) > 0]
 
 
 class StagedStates:

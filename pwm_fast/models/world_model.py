@@ -200,14 +200,6 @@ class WorldModel(nn.Module):
             parts = [parts[0], e, *parts[1:]]
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
-    def controls(self, action: Tensor, task: Tensor | None = None) -> Tensor:
-        """[..., E+A]: what the dynamics take beside z, the task embedding and the action."""
-        if self._task_emb is None:
-            return action
-        if task is None:
-            raise ValueError(f"this world model knows {self.config.num_tasks} tasks: pass `task` indices")
-        return torch.cat([self.task_embedding(task).expand(*action.shape[:-1], -1), action], -1)
-
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
         """z [..., Z] of raw observations [..., S]."""
         x = (obs - self.obs_mean) / self.obs_std

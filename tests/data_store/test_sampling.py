@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pwm_fast import backend as backends
+from pwm_fast.data.drawing import Draw
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError, WindowSampler
 from pwm_fast.data.philox import philox4x32_10, random_bits, scale_to
 
@@ -54,7 +55,8 @@ def test_scaling_is_the_high_half_of_the_product(bits, limit):
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(1, 2**63 - 1))
 def test_native_draws_are_the_numpy_draws(seed, step, stream, total):
     rows = np.empty(50, np.int64)
-    backends.native.draw_rows(seed, stream, step, np.array([0, total]), np.array([0]), rows)
+    draw = Draw(np.array([0]), np.array([total])).native(backends.native)
+    backends.native.draw_rows(seed, stream, step, draw, rows)
     np.testing.assert_array_equal(rows, scale_to(random_bits(seed, stream, step, 50), total))
 
 

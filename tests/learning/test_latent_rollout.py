@@ -1,8 +1,9 @@
-"""The fused rollout against plain autograd through H steps."""
+"""The benchmark's fused autograd rollout against plain autograd through H steps."""
 
 import torch
+from autograd_pretraining import fused_rollout, plain_rollout
 
-from pwm_fast.learning.latent_rollout import latent_rollout
+from pwm_fast.learning.pretraining import Windows
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 
 HORIZON, BATCH = 6, 5
@@ -17,18 +18,12 @@ def test_values_and_all_gradients_equal_plain_autograd():
     z = torch.randn(BATCH, 16).double().requires_grad_()
     action = torch.randn(HORIZON, BATCH, 3).double().requires_grad_()
     task, weight = torch.tensor([0, 1, 2, 0, 1]), torch.randn(HORIZON + 1, BATCH, 16).double()
-
-    def plain():
-        states = [z]
-        for h in range(HORIZON):
-            states.append(model.next(states[-1], action[h], task))
-        return torch.stack(states)
-
+    windows = Windows(weight, action, weight, weight, task)
     found = []
-    for function in (plain, lambda: latent_rollout(model, z, model.controls(action, task))):
+    for function in (plain_rollout, fused_rollout):
         model.zero_grad()
         z.grad = action.grad = None
-        out = function()
+        out = function(model, z, windows)
         (out * weight).sum().backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append({"out": out.detach(), "z": z.grad.clone(), "action": action.grad.clone(), **gradients})

@@ -1,20 +1,105 @@
-"""The world model's open-loop rollout as one differentiable function: z_{h+1} = F(z_h, c_h), c_h = [e, a_h].
+"""World-model learning by autograd: the definition of `model_gradient.py`, and what its speed is compared with.
 
-Plain autograd through H steps makes H small weight-gradient products per layer. Here the backward recurrence keeps the
-pre-activation gradients of all steps and forms each weight gradient by one product over H*B rows. Under autocast the
-networks run in its type; latents, and what adds up over the steps, stay in the parameters'.
+Plain autograd through H steps makes H small weight-gradient products per layer; `latent_rollout` keeps the
+pre-activation gradients of all steps and forms each weight gradient by one product over H*B rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from pwm_fast.kernels import layernorm_mish, layernorm_simnorm
+from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, two_hot
+from pwm_fast.learning.model_gradient import LARGEST_ERROR
+from pwm_fast.learning.pretraining import Pretraining, PretrainingConfig, Windows
+from pwm_fast.models.matmul import fast_matmul
 from pwm_fast.models.world_model import WorldModel
+
+
+def plain_rollout(model: WorldModel, z: Tensor, windows: Windows) -> Tensor:
+    """Latents [H+1, B, Z] from z [B, Z] under the recorded actions, step by step."""
+    states = [z]
+    for action in windows.action:
+        states.append(model.next(states[-1], action, windows.task))
+    return torch.stack(states)
+
+
+def fused_rollout(model: WorldModel, z: Tensor, windows: Windows) -> Tensor:
+    """The same by `latent_rollout`."""
+    control = windows.action
+    if windows.task is not None:
+        e = model.task_embedding(windows.task)
+        control = torch.cat([e.expand(*control.shape[:-1], -1), control], -1)
+    return latent_rollout(model, z, control)
+
+
+def loss_terms(
+    model: WorldModel, windows: Windows, config: PretrainingConfig, rollout: Any = plain_rollout
+) -> dict[str, Tensor]:
+    """The weighted sum `total` and its unweighted parts `consistency`, `reward`, `termination` (scalars)."""
+    horizon = len(windows.action)
+    weight = config.rho ** torch.arange(horizon, device=windows.obs.device, dtype=windows.obs.dtype)
+    weight = weight[:, None].expand_as(windows.reward) / windows.reward.numel()  # [H, B]
+    if windows.valid is not None:
+        weight = weight * windows.valid
+    with torch.no_grad():
+        target = model.encode(windows.obs[1:], windows.task)  # [H, B, Z]
+    z = rollout(model, model.encode(windows.obs[0], windows.task), windows)
+    error = z[1:] - target
+    if model.config.residual:  # in units of a step's change; contacts are outliers that no gradient should follow
+        error = (error / model.step_std).clamp(-LARGEST_ERROR, LARGEST_ERROR)
+    consistency = (weight * error.square().mean(2)).sum()
+    goal = model.reward_target(windows.reward)
+    output = model.reward_logits(z[:-1], windows.action, windows.task).to(goal.dtype)  # [H, B, bins]
+    if model.config.num_bins == 1:
+        error = (output.squeeze(-1) - goal).square()
+    else:
+        error = two_hot.cross_entropy(output, goal, model.config.vmin, model.config.vmax)
+    reward = (weight * error).sum()
+    terms = {"consistency": consistency, "reward": reward}
+    total = config.consistency_coef * consistency + config.reward_coef * reward
+    if model.has_termination:
+        logit = model.termination_logit(z[1:], windows.task).to(goal.dtype)
+        ended = F.binary_cross_entropy_with_logits(logit, windows.terminated, reduction="none")
+        terms["termination"] = (weight * ended).sum()
+        total = total + config.termination_coef * terms["termination"]
+    return {"total": total, **terms}
+
+
+class AutogradPretraining:
+    """`Pretraining` with autograd's gradients, clipped tensor by tensor, and torch's Adam."""
+
+    learning_rate = Pretraining.learning_rate
+
+    def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
+        self.model, self.config, self.batch, self.step_count = model, config, batch, 0
+        encoder = list(model._encoder.parameters())
+        known = {id(p) for p in encoder}
+        self.parameters = encoder + [p for p in model.parameters() if id(p) not in known]
+        groups = [
+            {"params": encoder, "scale": config.encoder_lr_scale},
+            {"params": self.parameters[len(encoder) :], "scale": 1.0},
+        ]
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+
+    def step(self) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step_count) * group["scale"]
+        self.optimizer.zero_grad(set_to_none=True)
+        device = self.model.obs_mean.device
+        with fast_matmul(torch.float32, device, tf32=self.config.precision != "fp32"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                terms = loss_terms(self.model, self.batch(self.step_count), self.config, fused_rollout)
+            terms["total"].backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip, foreach=True)
+        self.optimizer.step()
+        self.step_count += 1
+        return {**{k: v.item() for k, v in terms.items()}, "grad_norm": norm.item()}
 
 
 def latent_rollout(model: WorldModel, z: Tensor, control: Tensor) -> Tensor:

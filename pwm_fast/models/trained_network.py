@@ -1,0 +1,120 @@
+"""A network in training: explicit forward and backward over rows, with gradients in the parameters' own `.grad`.
+
+Nothing is traced, and memory is kept between passes. Rows may be passed in parts, such as the steps of a rollout: the
+weight gradients of all rows are then one product per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, linear
+from pwm_fast.models.workspace import Workspace
+
+EPS = 1e-5
+EVERY = slice(None)
+
+
+@dataclass
+class _Memory:
+    """One layer's rows, with a leading group axis of 1."""
+
+    pre: Tensor  # [1, R, out] Linear's output
+    y: Tensor  # [1, R, out] the layer's; `pre` itself of a plain linear one
+    d: Tensor  # [1, R, out] gradient at y, then at `pre`
+    mean: Tensor | None = None  # [1, R]
+    rstd: Tensor | None = None
+
+
+class TrainedNetwork:
+    """The layers of one of a `WorldModel`'s networks, over inputs [R, in] in `dtype` (default: the parameters').
+
+    `begin`, then `forward`, `backward`, `input_gradient` and `weight_gradients` for slices of the rows (default: all).
+    Gradients are summed in the parameters' type, and overwrite what `.grad` held.
+    """
+
+    def __init__(self, layers: nn.ModuleList, dtype: torch.dtype | None = None):
+        self._layers = layers
+        self._own = next(iter(layers.parameters())).dtype
+        self.dtype = dtype or self._own
+        self._memories: dict[int, list[_Memory]] = {}
+        self._workspace = Workspace()
+
+    def begin(self, x: Tensor) -> Tensor:
+        """Start a pass with inputs x [R, in], whose rows may be written until they are needed; returns where the
+        outputs [R, out] will be."""
+        self._weights = [[p.detach().to(self.dtype)[None] for p in layer.parameters()] for layer in self._layers]
+        if len(x) not in self._memories:
+            self._memories[len(x)] = [self._memory(x, w) for w in self._weights]
+        self._x, self._rows = x[None], self._memories[len(x)]
+        for layer in self._layers:
+            if hasattr(layer, "ln"):  # summed over the parts, while weights are overwritten
+                layer.ln.weight.grad.zero_()
+                layer.ln.bias.grad.zero_()
+        return self._rows[-1].y[0]
+
+    @staticmethod
+    def _memory(x: Tensor, parameters: list[Tensor]) -> _Memory:
+        shape = (1, len(x), parameters[0].shape[1])
+        pre, d = x.new_empty(shape), x.new_empty(shape)
+        return _Memory(pre, pre if len(parameters) == 2 else x.new_empty(shape), d)
+
+    @property
+    def output_gradient(self) -> Tensor:
+        """Where the gradient at the outputs [R, out] goes; `backward` overwrites it."""
+        return self._rows[-1].d[0]
+
+    def forward(self, rows: slice = EVERY) -> Tensor:
+        """Outputs of these rows."""
+        x = self._x[:, rows]
+        for layer, (weight, bias, *ln), m in zip(self._layers, self._weights, self._rows):
+            linear.forward(x, weight, bias, out=m.pre[:, rows])
+            if ln:
+                known = m.mean is not None and m.rstd is not None
+                place = (m.y[:, rows], *((m.mean[:, rows], m.rstd[:, rows]) if known else (None, None)))
+                if layer.simnorm_dim:
+                    _, *found = layernorm_simnorm.forward(m.pre[:, rows], *ln, layer.simnorm_dim, EPS, out=place)
+                else:
+                    _, *found = layernorm_mish.forward(m.pre[:, rows], *ln, EPS, out=place)
+                if not known:  # only the kernel knows in which precision it keeps them
+                    m.mean, m.rstd = (s.new_empty(m.pre.shape[:2]) for s in found)
+                    m.mean[:, rows], m.rstd[:, rows] = found
+            x = m.y[:, rows]
+        return x[0]
+
+    def backward(self, rows: slice = EVERY) -> None:
+        """From `output_gradient` down to the first layer's `Linear`."""
+        for i in reversed(range(len(self._layers))):
+            layer, (weight, _, *ln), m = self._layers[i], self._weights[i], self._rows[i]
+            d = m.d[:, rows]
+            if ln:
+                saved = (m.pre[:, rows], m.mean[:, rows], m.rstd[:, rows], *ln)
+                if layer.simnorm_dim:
+                    simnorm = layer.simnorm_dim
+                    _, dgain, dshift = layernorm_simnorm.backward(d, m.y[:, rows], *saved, True, simnorm, out=d)
+                else:
+                    _, dgain, dshift = layernorm_mish.backward(d, *saved, True, out=d)
+                layer.ln.weight.grad += dgain[0]
+                layer.ln.bias.grad += dshift[0]
+            if i:
+                linear.input_grad(d, weight, out=self._rows[i - 1].d[:, rows])
+
+    def input_gradient(self, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
+        """Gradient at these rows and columns of the inputs, after `backward`; the next call may overwrite it."""
+        d, weight = self._rows[0].d[:, rows], self._weights[0][0][:, :, columns]
+        return linear.input_grad(d, weight, out=self._workspace.tensor("dx", d, *d.shape[:2], weight.shape[2]))[0]
+
+    def weight_gradients(self, rows: slice = EVERY) -> None:
+        """The weights' and biases' gradients from these rows alone, after `backward`."""
+        x = self._x
+        for layer, m in zip(self._layers, self._rows):
+            d, inputs, weight, bias = m.d[:, rows], x[:, rows], layer.weight.grad, layer.bias.grad
+            if self.dtype is self._own:
+                linear.weight_grad(d, inputs, out=weight[None], bias_out=bias[None])
+            else:
+                weight.copy_(linear.weight_grad(d, inputs)[0])
+                torch.sum(d[0], 0, dtype=self._own, out=bias)
+            x = m.y

@@ -1,0 +1,46 @@
+"""A table of start states on the device draws what the samplers of its policies' tasks draw."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import ACTION_DIM, OBS_DIM, extraction, world_model
+
+from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError, WindowSampler
+from pwm_fast.learning.extraction import Extraction
+from pwm_fast.learning.step_inputs import StartTable
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EpisodeStore:
+    """Episodes of tasks a, c, b, a, b, ...; none of d."""
+    random = np.random.default_rng(0)
+    with EpisodeWriter(tmp_path / "store", OBS_DIM, ACTION_DIM, task_names=["a", "b", "c", "d"]) as writer:
+        for length, task in ((5, 0), (2, 2), (9, 1), (1, 0), (4, 1), (3, 2)):
+            obs = random.normal(size=(length + 1, OBS_DIM))
+            writer.add(obs, np.zeros((length, ACTION_DIM)), np.zeros(length), terminated=False, task=task)
+    return EpisodeStore.open(tmp_path / "store")
+
+
+def three() -> Extraction:
+    return extraction(world_model(dtype=torch.float32), policies=3)
+
+
+def test_every_policy_draws_what_its_tasks_sampler_draws(store: EpisodeStore) -> None:
+    ext, tasks = three(), ["b", "a", 1]
+    table = StartTable.of_tasks(ext, store, tasks)
+    assert len(table.obs) == 5 + 1 + 9 + 4  # those of c are not copied, those of b once
+    samplers = [WindowSampler(store, 1, seed=s, tasks=t) for s, t in zip(ext.seeds, tasks)]
+    for step in (0, 7, 2**33 + 1):
+        expected = np.stack([s.start_states(step, ext.config.batch_size) for s in samplers])
+        np.testing.assert_array_equal(table.states(torch.tensor(step)).numpy(), expected)
+
+
+def test_what_is_refused(store: EpisodeStore) -> None:
+    with pytest.raises(ValueError, match="one for each of 3 policies, got 2"):
+        StartTable.of_tasks(three(), store, ["a", "b"])
+    with pytest.raises(ValueError, match="unknown task 'e'"):
+        StartTable.of_tasks(three(), store, ["a", "b", "e"])
+    with pytest.raises(StoreError, match="none of the 6 chosen episodes is of task 'd'"):
+        StartTable.of_tasks(three(), store, ["a", "b", "d"])
