@@ -109,6 +109,7 @@ def close_task(
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Save a task's policies in the run's folder or in its part `place`; the summary of their episodes."""
+    data = data.get(task.name, data)  # of a model of several tasks each task's own
     best = max(range(len(results)), key=lambda i: (task.score(results[i]) or 0.0, results[i].mean))
     with phases("files and pictures"):
         for seed, f in zip(seeds, finished, strict=True):

@@ -67,8 +67,8 @@ class Options:
     """Time per task, everything included (default: 10, or no limit with --steps)."""
     world_model: Path | None = None
     """World-model file (default: the task's shipped or cached one)."""
-    data: Path | None = None
-    """Episode store for start states and rehearsal (default: what comes with the world model)."""
+    data: list[Path] | None = None
+    """Episode stores for start states and rehearsal (default: what comes with the world model)."""
     finetune: bool = False
     """Let the world model learn from the policies' own real episodes, and extract along them."""
     start: Literal["cloned", "scratch"] = "cloned"
@@ -143,7 +143,8 @@ def extract(options: Options, tasks: Sequence[str], given: WorldModel | None = N
         with phases("set-up"):
             found = source(options, tasks[0], minutes, console)
             model = given or WorldModel.load(found.world_model, options.device)
-            data = open_episodes(found.episodes, folder.file("data"))
+            data = [EpisodeStore.open(path) for path in options.data or []]
+            data = data or [open_episodes(found.episodes, folder.file("data"))]
             seconds = None if minutes is None else 60 * minutes * len(tasks)
             setting, execution = preset(options.preset), execution_of(options)
             waves = Waves(
@@ -162,7 +163,8 @@ def extract(options: Options, tasks: Sequence[str], given: WorldModel | None = N
                 torch.cuda.mem_get_info(model.obs_mean.device)[0]
             )
             console.print(Text(line + (f"; {parts} waves" if parts > 1 else "")))
-        console.print(Text(f"data: {data.num_episodes:,} pieces of episodes, {data.num_transitions:,} transitions"))
+        episodes, transitions = (sum(getattr(d, f"num_{kind}") for d in data) for kind in ("episodes", "transitions"))
+        console.print(Text(f"data: {episodes:,} pieces of episodes, {transitions:,} transitions"))
         learn(waves, folder, phases, options, interrupt, title)
         settings = Settings(title, options.threads, options.device, options.precision, options.finetune)
         close(waves, folder, phases, settings, model.provenance.get("data", {}), console)
@@ -174,7 +176,7 @@ def make_wave(
     wave: Sequence[Member],
     budget: Budget,
     model: WorldModel,
-    data: EpisodeStore,
+    data: Sequence[EpisodeStore],
     setting: ExtractionConfig,
     execution: ExecutionConfig | None,
 ) -> Job:
@@ -203,7 +205,7 @@ def recorded(options: Options, tasks: Sequence[str]) -> dict[str, Any]:
 def source(options: Options, name: str, minutes: float | None, console: Any) -> Prepared:
     """The world model and data to use: those given, shipped, cached, or built now in part of the time."""
     if options.world_model is not None and options.data is not None:
-        return Prepared(options.world_model, options.data, str(options.world_model))
+        return Prepared(options.world_model, options.data[0], str(options.world_model))
     found = prepared(name)
     if found is None:
         from pwm_fast.learning.preparation import prepare

@@ -25,7 +25,7 @@ from pwm_fast.learning.captured import StepGraph
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.experience import Experience
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.members import episodes_of, widened
+from pwm_fast.learning.members import Source, find_source, widened
 from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
 from pwm_fast.learning.reality import Look, imagined_over_real, real_episodes, returns_to_go
 from pwm_fast.learning.step_inputs import StagedStates, StagedTrajectories, StartTable, start_rows
@@ -84,7 +84,7 @@ class ExtractionRounds:
         self,
         world_model: WorldModel,
         extraction: Extraction,
-        data: EpisodeStore,
+        data: Sequence[EpisodeStore],
         config: RoundConfig,
         seed: int = 0,
         threads: int | None = None,
@@ -104,26 +104,26 @@ class ExtractionRounds:
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
         self._best_actor: list[dict[str, Tensor]] = [{} for _ in extraction.seeds]
         self.rollbacks = np.zeros(population, np.int64)
-        self._data = data
-        self._episodes = {task.name: episodes_of(data, task.name) for task in self.tasks}
+        self._sources = {task.name: find_source(data, task, world_model) for task in self.tasks}
         self._starts = [
-            WindowSampler(data, 1, self._episodes[task.name], seed=seed)
-            for task, seed in zip(self.tasks, extraction.seeds, strict=True)
+            WindowSampler(source.store, 1, seed=seed, tasks=source.task)
+            for source, seed in zip(self._own_sources(), extraction.seeds, strict=True)
         ]
         usual = PRESETS[world_model.config.latent]
         self._longest = max(usual.horizon, extraction.config.horizon, config.practice_steps)  # window of practice
         self.experience: Experience | None = None
         if config.model_steps:
-            if len(self._episodes) > 1:
+            if len(self._sources) > 1:
                 raise ValueError(
-                    f"fine-tuning learns one task at a time, got {', '.join(self._episodes)}: use --no-finetune"
+                    f"fine-tuning learns one task at a time, got {', '.join(self._sources)}: use --no-finetune"
                 )
             least = population * config.practice_envs * self._longest
             self.experience = Experience(
                 self.tasks[0], population, config.practice_envs, max(config.capacity, least), seed + 1, threads,
                 config.practice_length,
             )  # fmt: skip
-        self._old = WindowSampler(data, usual.horizon, self._episodes[self.tasks[0].name], seed, partial=True)
+        old = self._own_sources()[0]
+        self._old = WindowSampler(old.store, usual.horizon, seed=seed, partial=True, tasks=old.task)
         self._model = Pretraining(
             world_model,
             replace(
@@ -138,8 +138,7 @@ class ExtractionRounds:
 
     def start_from_clones(self) -> None:
         """Set the actors to imitate the best of the data, before the first round."""
-        episodes = [self._episodes[task.name] for task in self.tasks]
-        clone(self.extraction, self.world_model, self._data, episodes)
+        clone(self.extraction, self.world_model, [(s.store, s.episodes) for s in self._own_sources()])
         self.extraction.average.copy_(self.extraction.actor.parameters.flat)
         self.cloned = True
 
@@ -224,10 +223,10 @@ class ExtractionRounds:
         assert execution is not None
         if self.experience is not None and self.config.grounded:
             return StepGraph(learner, StagedTrajectories(learner), replace(execution, overlap=False))
-        rows = sum(int(self._data.lengths[ids].sum()) for ids in self._episodes.values())
-        if self.experience is not None or 4 * self._data.obs_dim * rows > TABLE_BYTES:
+        rows = sum(int(s.store.lengths[s.episodes].sum()) for s in self._sources.values())
+        if self.experience is not None or 4 * self.world_model.config.obs_dim * rows > TABLE_BYTES:
             return StepGraph(learner, StagedStates(learner), execution)
-        tables = {name: start_rows(self._data, ids) for name, ids in self._episodes.items()}
+        tables = {name: self._wide(start_rows(s.store, s.episodes)) for name, s in self._sources.items()}
         ends = dict(zip(tables, np.cumsum([len(table) for table in tables.values()])))
         count = [len(tables[task.name]) for task in self.tasks]
         first = [ends[task.name] - n for task, n in zip(self.tasks, count)]
@@ -297,6 +296,10 @@ class ExtractionRounds:
 
     # data ----------------------------------------------------------------------------------------------------------
 
+    def _own_sources(self) -> list[Source]:
+        """[P]: where each policy's task's episodes are."""
+        return [self._sources[task.name] for task in self.tasks]
+
     def _task_id(self, policy: int) -> Tensor | None:
         ids = self.extraction.task_ids
         return None if ids is None else ids[policy]
@@ -306,7 +309,7 @@ class ExtractionRounds:
         batch, experience = self.extraction.config.batch_size, self.experience
         if experience is not None:
             return self._wide(np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)]))
-        return np.stack([sampler.start_states(step, batch) for sampler in self._starts])
+        return np.stack([self._wide(sampler.start_states(step, batch)) for sampler in self._starts])
 
     def _trajectories(self, experience: Experience, step: int) -> dict[str, Tensor]:
         """Windows of each policy's last practice: obs [H+1, P, B, S], action [H, P, B, A], ..."""
@@ -333,11 +336,11 @@ class ExtractionRounds:
         batch = self._model.config.batch_size
         new = int(batch * self.config.new_windows)
         assert self.experience is not None, "a frozen model learns nothing"
-        parts = []
-        if new:
-            parts = [self._widened(self.experience.windows(step, new, self._model.config.horizon))]
-            parts[0]["task"][:] = 0 if self.extraction.task_ids is None else int(self.extraction.task_ids[0])
+        parts = [self.experience.windows(step, new, self._model.config.horizon)] if new else []
         parts += [self._old.windows(step, batch - new)] if batch > new else []
+        parts = [self._widened(part) for part in parts]
+        for part in parts:  # a store's own number of the task may be another
+            part["task"][:] = 0 if self.extraction.task_ids is None else int(self.extraction.task_ids[0])
         joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}
         return Windows.of(joined, self.world_model.config.num_tasks > 0, self.world_model.obs_mean.device)
 

@@ -15,7 +15,7 @@ from pwm_fast.envs import registry
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig
 from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig, Timed
-from pwm_fast.learning.members import check_sizes, task_numbers
+from pwm_fast.learning.members import check_model, find_source, task_numbers, widened
 from pwm_fast.learning.precision import check_precision
 from pwm_fast.models.world_model import WorldModel
 
@@ -142,7 +142,7 @@ class Job:
 def make_job(
     tasks: str | Sequence[str],
     world_model: WorldModel,
-    data: EpisodeStore,
+    data: EpisodeStore | Sequence[EpisodeStore],
     seeds: Sequence[int],
     budget: Budget,
     extraction: ExtractionConfig,
@@ -165,9 +165,10 @@ def make_job(
     if len(names) != len(seeds):
         raise ValueError(f"tasks must name the {len(seeds)} policies, got {len(names)}")
     rows = {name: registry.get(name) for name in names}
+    stores = [data] if isinstance(data, EpisodeStore) else list(data)
     for row in rows.values():
-        check_sizes(world_model, data, row)
-    data.statistics()  # reads all of it, so that a NaN is found before work begins
+        check_model(world_model, row)
+        find_source(stores, row, world_model).store.statistics()  # reads all of it: a NaN is found before work begins
     if start == "cloned":
         extraction = replace(extraction, **CLONED)
     if extraction.terminations and not world_model.has_termination:
@@ -176,7 +177,9 @@ def make_job(
         execution = ExecutionConfig()
     precision = "fp32" if execution is None else execution.precision
     if precision != "fp32":
-        obs = WindowSampler(data, 1, seed=seed).start_states(0, extraction.batch_size)[None]
+        source = find_source(stores, rows[names[0]], world_model)
+        states = WindowSampler(source.store, 1, seed=seed, tasks=source.task).start_states(0, extraction.batch_size)
+        obs = widened(states, world_model.config.obs_dim)[None]
         numbers = task_numbers(world_model, names[:1])
         task_ids = None if numbers is None else torch.tensor(numbers)
         check_precision(world_model, extraction, torch.from_numpy(obs).to(world_model.obs_mean), precision, task_ids)
@@ -186,5 +189,5 @@ def make_job(
         world_model, extraction, task_numbers(world_model, names), seeds, tasks=names, precision=precision,
         dims=None if all(size == whole for size in own) else own,
     )  # fmt: skip
-    made = ExtractionRounds(world_model, learner, data, rounds, seed, threads, execution)
+    made = ExtractionRounds(world_model, learner, stores, rounds, seed, threads, execution)
     return Job(made, budget, start)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pwm_fast.data.drawing import choose
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.task_table import SETS, tasks
 from pwm_fast.envs import registry
@@ -31,9 +32,9 @@ def known_tasks(model: WorldModel) -> list[str]:
     Raises ValueError where neither tells.
     """
     count = model.config.num_tasks
-    named = model.provenance.get("tasks")
-    if named is not None and len(named) == count:
-        return [str(name) for name in named]
+    named = model.provenance.get("tasks") or {}
+    if sorted(named.values()) == list(range(count)):
+        return sorted(named, key=named.__getitem__)
     for name, size in SETS.items():
         if size == count:
             return [task.name for task in tasks(name)]
@@ -50,38 +51,51 @@ def task_numbers(model: WorldModel, names: Sequence[str]) -> list[int] | None:
     return [known.index(name) for name in names]
 
 
-def check_sizes(model: WorldModel, data: EpisodeStore, task: registry.Task) -> None:
-    """Raises ValueError where model, data and task do not fit each other."""
-    want, c = (task.obs_dim, task.action_dim), model.config
-    found, stored = (c.obs_dim, c.action_dim), (data.obs_dim, data.action_dim)
-    sizes = f"{want[0]} and {want[1]}"
-    padded = c.num_tasks > 0
-    if found != want and not (padded and found[0] >= want[0] and found[1] >= want[1]):
+class Source(NamedTuple):
+    """A task's episodes: those of the store's task number `task`."""
+
+    store: EpisodeStore
+    task: int
+
+    @property
+    def episodes(self) -> np.ndarray:
+        """Their ids."""
+        return choose(self.store, tasks=self.task).ids
+
+
+def check_model(model: WorldModel, task: registry.Task) -> None:
+    """Raises ValueError where a world model is not of a task."""
+    found, want = (model.config.obs_dim, model.config.action_dim), (task.obs_dim, task.action_dim)
+    if found != want and not (model.config.num_tasks and found[0] >= want[0] and found[1] >= want[1]):
         trained = model.provenance.get("task", "another task")
         raise ValueError(
-            f"the world model has {found[0]} observations and {found[1]} actions, task {task.name} has {sizes}: it is "
-            f"for {trained}"
-        )
-    if stored != (found if padded else want):
-        wanted = f"the world model {found[0]} and {found[1]}" if padded else f"task {task.name} has {sizes}"
-        raise ValueError(
-            f"the data has {stored[0]} observations and {stored[1]} actions, {wanted}: is it another task's?"
+            f"the world model has {found[0]} observations and {found[1]} actions, task {task.name} has {want[0]} and "
+            f"{want[1]}: it is for {trained}"
         )
 
 
-def episodes_of(data: EpisodeStore, task: str) -> np.ndarray:
-    """Ids of a task's episodes; all of a store that holds one task, whatever it is called there.
+def find_source(stores: Sequence[EpisodeStore], task: registry.Task, model: WorldModel) -> Source:
+    """Where a task's episodes are: in the first store that names it, or in the only one if that holds one task.
 
-    Raises ValueError where there are none.
+    Their observations and actions are the task's own, or padded as the model's. Raises ValueError where no store has
+    any, or they are of other sizes.
     """
-    if len(data.task_names) == 1:
-        return np.arange(data.num_episodes)
-    if task not in data.task_names:
-        raise ValueError(nearest("task", task, data.task_names, hint=f"{data.path} holds {len(data.task_names)} tasks"))
-    found = np.flatnonzero(np.asarray(data.task[data.episode_start[:-1]]) == data.task_names.index(task))
-    if not len(found):
-        raise ValueError(f"{data.path} names task {task} and holds no episode of it: convert or collect some")
-    return found
+    named = [store for store in stores if task.name in store.task_names]
+    if named:
+        source = Source(named[0], named[0].task_id(task.name))
+    elif len(stores) == 1 and len(stores[0].task_names) == 1:  # whatever it is called there
+        source = Source(stores[0], 0)
+    else:
+        known = [name for store in stores for name in store.task_names]
+        raise ValueError(nearest("task", task.name, known, hint=f"the data holds {len(known)} tasks"))
+    found = (source.store.obs_dim, source.store.action_dim)
+    if found not in ((task.obs_dim, task.action_dim), (model.config.obs_dim, model.config.action_dim)):
+        raise ValueError(
+            f"the data has {found[0]} observations and {found[1]} actions, task {task.name} has {task.obs_dim} and "
+            f"{task.action_dim}: is it another task's?"
+        )
+    source.episodes  # noqa: B018 raises where there are none
+    return source
 
 
 def widened(rows: np.ndarray, width: int) -> np.ndarray:

@@ -135,7 +135,7 @@ class Waves:
 
 def extract_policies(
     world_model: WorldModel | str | Path,
-    data: EpisodeStore | str | Path,
+    data: EpisodeStore | str | Path | Sequence[EpisodeStore | str | Path],
     tasks: Sequence[str],
     seeds: int | Sequence[int] = 1,
     *,
@@ -156,7 +156,8 @@ def extract_policies(
     Raises ValueError (unknown task, wrong shapes), FileNotFoundError (model or data missing).
     """
     model = world_model if isinstance(world_model, WorldModel) else WorldModel.load(world_model)
-    store = data if isinstance(data, EpisodeStore) else EpisodeStore.open(data)
+    given = [data] if isinstance(data, (EpisodeStore, str, Path)) else list(data)
+    stores = [each if isinstance(each, EpisodeStore) else EpisodeStore.open(each) for each in given]
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     seconds = None if minutes is None and steps is not None else 60.0 * (minutes or 10.0)
     setting = preset(config) if isinstance(config, str) else config
@@ -166,14 +167,14 @@ def extract_policies(
     def make(members: Sequence[Member], budget: Budget) -> Job:
         names, own = zip(*members)
         used = model.copy() if finetune else model
-        return make_job(names, used, store, own, budget, setting, each, start=start, execution=execution)
+        return make_job(names, used, stores, own, budget, setting, each, start=start, execution=execution)
 
     together = model.config.num_tasks > 0 and not finetune
     out: dict[str, list[Policy]] = {task: [] for task in tasks}
     for group in [list(tasks)] if together else [[task] for task in tasks]:
         members = [Member(task, seed) for task in group for seed in chosen]
         budget = Budget(steps, None if seconds is None else seconds * len(group))
-        waves = Waves(make, members, budget, fits(model, store, setting, execution))
+        waves = Waves(make, members, budget, fits(model, stores, setting, execution))
         waves.run(report)
         for member, result in zip(members, waves.finished(), strict=True):
             out[member.task].append(result.policy)
@@ -181,7 +182,7 @@ def extract_policies(
 
 
 def fits(
-    model: WorldModel, data: EpisodeStore, config: ExtractionConfig, execution: ExecutionConfig | None = None
+    model: WorldModel, data: Sequence[EpisodeStore], config: ExtractionConfig, execution: ExecutionConfig | None = None
 ) -> int | None:
     """How many policies a GPU's free memory holds at once; None on the CPU."""
     if not model.obs_mean.is_cuda:
@@ -191,10 +192,10 @@ def fits(
 
 
 def memory_of(
-    model: WorldModel, data: EpisodeStore, config: ExtractionConfig, execution: ExecutionConfig
+    model: WorldModel, data: Sequence[EpisodeStore], config: ExtractionConfig, execution: ExecutionConfig
 ) -> PopulationMemory:
     """What a run's policies take on a GPU."""
     return population_memory(
-        model.config, config, start_states=data.num_rows, overlap=execution.overlap, ring=RING,
+        model.config, config, start_states=sum(d.num_rows for d in data), overlap=execution.overlap, ring=RING,
         low_precision=execution.precision == "bf16",
     )  # fmt: skip

@@ -62,6 +62,6 @@ def test_each_policy_imitates_the_episodes_it_is_given(store):
     learner = Extraction(model, SMALL, seeds=[0, 0])
     obs = torch.randn(500, 3)
     halves = [np.arange(0, 40, 2), np.arange(1, 40, 2)]
-    clone(learner, model, store, halves, share=0.5, steps=600, batch_size=64, learning_rate=3e-3)
+    clone(learner, model, [(store, half) for half in halves], share=0.5, steps=600, batch_size=64, learning_rate=3e-3)
     random, good = error(learner, obs)
     assert good < 0.25 * random

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter
+from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
+from pwm_fast.envs import registry
 from pwm_fast.learning.extraction import ExtractionConfig
 from pwm_fast.learning.finetuning import RoundConfig
 from pwm_fast.learning.job import Budget, make_job
-from pwm_fast.learning.members import Member, check_sizes, episodes_of, known_tasks, task_numbers
+from pwm_fast.learning.members import Member, find_source, known_tasks, task_numbers
 from pwm_fast.learning.waves import Waves, extract_policies
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.state_files import load_state, save_state
@@ -104,7 +105,7 @@ def two_tasks(tmp_path) -> tuple[WorldModel, EpisodeStore]:
             obs[:, :obs_dim] = random.normal(size=(31, obs_dim)).cumsum(0) / 10
             action[:, :action_dim] = random.uniform(-1, 1, (30, action_dim))
             writer.add(obs, action, action.sum(1), False, task=episode % 2)
-    return WorldModel(config, provenance={"tasks": TASKS}), EpisodeStore.open(tmp_path / "data")
+    return WorldModel(config, provenance={"tasks": {"ant": 1, "hopper": 0}}), EpisodeStore.open(tmp_path / "data")
 
 
 def test_tasks_of_one_model_are_learned_side_by_side(two_tasks):
@@ -151,7 +152,7 @@ def test_fine_tuning_one_of_a_models_tasks_pads_what_it_practised(two_tasks):
 
 
 def test_numbers_of_tasks(two_tasks):
-    model, data = two_tasks
+    model, _ = two_tasks
     assert known_tasks(model) == TASKS and task_numbers(model, ["ant", "hopper", "ant"]) == [1, 0, 1]
     with pytest.raises(ValueError, match="unknown task 'hoper'; did you mean 'hopper'"):
         task_numbers(model, ["hoper"])
@@ -159,14 +160,25 @@ def test_numbers_of_tasks(two_tasks):
     assert task_numbers(mt30, ["walker-walk"]) == [1]
     with pytest.raises(ValueError, match="knows 7 tasks and does not say which"):
         known_tasks(WorldModel(WorldModelConfig(24, 6, 8, 8, 8, 2, num_tasks=7, task_dim=4)))
-    assert episodes_of(data, "ant").tolist() == [1, 3, 5, 7, 9, 11]
+
+
+def test_where_the_episodes_of_a_task_are(two_tasks, tiny_store):
+    model, both = two_tasks
+    hopper, ant, own = registry.get("hopper"), registry.get("ant"), EpisodeStore.open(tiny_store)
+    assert find_source([both], ant, model).episodes.tolist() == [1, 3, 5, 7, 9, 11]
+    assert find_source([own, both], hopper, model).store is own and find_source([own, both], ant, model).store is both
     with pytest.raises(ValueError, match="unknown task 'humanoid'"):
-        episodes_of(data, "humanoid")
+        find_source([both], registry.get("humanoid"), model)
+    with pytest.raises(ValueError, match="data has 11 observations and 3 actions, task ant has 37 and 8"):
+        find_source([own], ant, model)
 
 
-def test_data_that_is_not_padded_as_the_model_is_refused(two_tasks, tiny_store):
-    from pwm_fast.envs import registry
-
-    model, _ = two_tasks
-    with pytest.raises(ValueError, match="the data has 11 observations and 3 actions, the world model 37 and 8"):
-        check_sizes(model, EpisodeStore.open(tiny_store), registry.get("hopper"))
+def test_stores_of_the_tasks_own_sizes_are_padded(two_tasks, tiny_store):
+    model, both = two_tasks
+    stores = [EpisodeStore.open(tiny_store), both]
+    job = make_job(TASKS, model, stores, [0, 1], Budget(steps=3), SMALL, FROZEN, start="scratch")
+    states = job.rounds._start_states(0)
+    assert states.shape == (2, 8, 37) and (states[0, :, 11:] == 0).all()
+    expected = WindowSampler(stores[0], 1, seed=0).start_states(0, 8)
+    np.testing.assert_array_equal(states[0, :, :11], expected)
+    assert job.run()
