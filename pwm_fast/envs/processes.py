@@ -128,7 +128,7 @@ class Workers:
 
     def ready(self, waiting: Sequence[int]) -> list[int]:
         """Those of the workers that have answered; waits for the first."""
-        pipes = {self._workers[index].parent_pipes[0]: index for index in waiting}
+        pipes: dict[Any, int] = {self._workers[index].parent_pipes[0]: index for index in waiting}
         return sorted(pipes[pipe] for pipe in wait(list(pipes)))
 
     def first_obs(self, worker: int) -> np.ndarray:
