@@ -1,4 +1,4 @@
-"""Pictures of MuJoCo's tasks without a screen: which of its drawing libraries serves, found out before it is too late."""
+"""Pictures of MuJoCo's tasks without a screen: which of its drawing libraries serves, found out in time."""
 
 import os
 import sys

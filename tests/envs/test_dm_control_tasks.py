@@ -110,7 +110,7 @@ def test_the_spinning_ball():
     def put(x, z):
         """The ball this far from the target."""
         physics.forward()
-        position[["ball_x", "ball_z"]] += physics.ball_to_target() + (x, z)
+        position[["ball_x", "ball_z"]] += physics.ball_to_target() + np.array([x, z])
         return reward(env)
 
     assert put(0.0, 0.375) == pytest.approx((0.75 + 2 * (1 - 0.5 / 3)) / 3)
