@@ -62,5 +62,7 @@ def gymnasium_task(name: str) -> Task:
 
 def make_env(task: Task, render_mode: str | None = None, **options: Any) -> gymnasium.Env:
     """The environment with flat float32 observations and actions in [-1, 1]; `options` go to `gymnasium.make`."""
-    env = _made(task.gym_id, render_mode=render_mode, **options)
+    if render_mode is not None:  # environments that draw nothing need not know the word
+        options["render_mode"] = render_mode
+    env = _made(task.gym_id, **options)
     return DtypeObservation(RescaleAction(FlattenObservation(env), np.float32(-1.0), np.float32(1.0)), np.float32)
