@@ -92,10 +92,10 @@ def evaluate_population(
     """``evaluate`` for several policies, each on its own task (of any suite), their environments in worker processes.
 
     The policies run in this process, each on the observations [n, S] of up to 16 episodes (dflex: of all), so they need
-    not be sent anywhere; what they compute is up to this process's threads and device. ``processes``: default one per
-    core and one more, which works while another waits for its policy. Results do not depend on it, and for up to 16
-    episodes they are those of ``evaluate`` (``joint_q`` apart, which is not recorded). Workers are spawned: a script
-    needs the usual ``if __name__ == "__main__":``.
+    not be sent anywhere; what they compute is up to this process's threads and device. ``processes`` (default: one per
+    core, and one more that works while another waits for its policy) take up to 1 GB of memory each. Results do not
+    depend on their number, and for up to 16 episodes they are those of ``evaluate`` (``joint_q`` apart, which is not
+    recorded). They are spawned: a script needs the usual ``if __name__ == "__main__":``.
 
     Raises UnknownTask; ValueError as ``evaluate`` does, beginning with the task's name, or for lists of unequal length;
     RuntimeError where a process was killed.

@@ -118,31 +118,31 @@ class Workers:
 
     def begin(self, worker: int, task: Task, num_envs: int, seed: int | list[int]) -> None:
         """Have a worker start episodes of a task."""
-        self._workers[worker].reset_async(options={"task": task, "num_envs": num_envs, "seed": seed})
+        self._call(worker, "reset_async", options={"task": task, "num_envs": num_envs, "seed": seed})
 
     def act(self, worker: int, action: np.ndarray) -> None:
         """Have a worker's environments take a step: action [n, a]."""
         padded = np.zeros((1, *self._shape), np.float32)
         padded[0, : action.shape[0], : action.shape[1]] = action
-        self._workers[worker].step_async(padded)
+        self._call(worker, "step_async", padded)
 
     def ready(self, waiting: Sequence[int]) -> list[int]:
         """Those of the workers that have answered; waits for the first."""
-        pipes = {self._workers[index].parent_pipes[0]: index for index in waiting}
+        pipes: dict[Any, int] = {self._workers[index].parent_pipes[0]: index for index in waiting}
         return sorted(pipes[pipe] for pipe in wait(list(pipes)))
 
     def first_obs(self, worker: int) -> np.ndarray:
         """The answer to `begin`: obs [N, S], valid until the worker's next step."""
-        return self._answer(worker, "reset_wait")[0][0]
+        return self._call(worker, "reset_wait")[0][0]
 
     def stepped(self, worker: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The answer to `act`: obs [N, S], valid until the worker's next step, and the info of TaskBatch."""
-        obs, *_, info = self._answer(worker, "step_wait")
+        obs, *_, info = self._call(worker, "step_wait")
         return obs[0], {name: value[0] for name, value in info.items() if not name.startswith("_")}
 
-    def _answer(self, worker: int, method: str) -> Any:
+    def _call(self, worker: int, method: str, *arguments: Any, **options: Any) -> Any:
         try:
-            return getattr(self._workers[worker], method)()
+            return getattr(self._workers[worker], method)(*arguments, **options)
         except (EOFError, ConnectionError) as error:
             self._workers[worker].processes[0].join()
             code = self._workers[worker].processes[0].exitcode
