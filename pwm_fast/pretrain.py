@@ -149,7 +149,8 @@ def provenance(task: str, options: Options, training: StoreTraining, store: Epis
         "task": task,
         "command": f"python -m pwm_fast.pretrain --task {task} --size {options.size} --latent {options.latent} "
         f"--steps {options.steps} --batch-size {config.batch_size} --horizon {config.horizon} --seed {options.seed}"
-        + f" --precision {config.precision}" * (config.precision != "fp32"),
+        + f" --precision {config.precision}"
+        * (config.precision != "fp32"),
         "data": {
             "episodes": store.num_episodes,
             "transitions": store.num_transitions,
