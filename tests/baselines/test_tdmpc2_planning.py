@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
+from known_optimum import Chase, ChaseGuide, chase_return
 from small import ACTION_DIM, OBS_DIM, extraction, world_model
 
 from pwm_fast.baselines.guides import ActorGuide, load_q_guide
@@ -21,48 +22,16 @@ DATA = Path(__file__).parent.parent / "data" / "tdmpc2"
 TINY = ["new_layout", "new_layout_tensordict083", "old_layout_with_omegaconf"]
 
 
-class Chase:
-    """z' = z + a / 2, reward -|z' - goal|_1: the best action goes straight for the goal, and its value is a sum."""
-
-    goal = torch.tensor([1.0, -2.0])
-
-    def encode(self, obs: Tensor) -> Tensor:
-        return obs[:, None]
-
-    def step(self, z: Tensor, action: Tensor):
-        after = z + action / 2
-        return after, -(after - self.goal).abs().sum(-1), None
-
-
-class ChaseGuide:
-    """The exact value (without discount), and a prior that knows nothing."""
-
-    def action(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.rand(z.shape, generator=generator) * 2 - 1
-
-    def value(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        left = (z - Chase.goal).abs()
-        return -sum(((left - k / 2).clamp(min=0).sum(-1) for k in range(1, 20)), torch.zeros(()))
-
-
-def chase(policy, z: Tensor, steps: int) -> Tensor:
-    total = torch.zeros(len(z))
-    for _ in range(steps):
-        z, reward, _ = Chase().step(z, torch.as_tensor(policy(z)))
-        total += reward
-    return total
-
-
 @pytest.mark.parametrize("guided", [True, False])
 def test_planning_finds_a_known_optimum(guided: bool):
     """Return of 10 steps from 8 starts; without a value, a horizon that reaches the goal does as well."""
     start = torch.tensor(np.random.default_rng(0).uniform(-2, 2, (8, 2)), dtype=torch.float32)
-    best = chase(lambda z: (2 * (Chase.goal - z)).clamp(-1, 1), start, 10)
+    best = chase_return(Chase.best_action, start, 10)
     generator = torch.Generator().manual_seed(0)
-    prior = chase(lambda z: ChaseGuide().action(z, generator), start, 10)
+    prior = chase_return(lambda z: ChaseGuide().action(z, generator), start, 10)
     guide, config = (ChaseGuide(), MPPIConfig()) if guided else (None, MPPIConfig(horizon=6, policy_trajectories=0))
     planner = TDMPC2Planner(Chase(), 2, 8, guide, config, discount=1.0)
-    found = chase(lambda z: planner(z.numpy()), start, 10)
+    found = chase_return(lambda z: planner(z.numpy()), start, 10)
     assert (found <= best + 1e-4).all(), "nothing is better than the optimum"
     assert ((best - found) < 0.15 * (best - prior)).all(), (best, found, prior)
 
