@@ -11,7 +11,7 @@ from PIL import Image
 
 from pwm_fast import evaluate, tasks
 from pwm_fast.envs import registry
-from pwm_fast.progress import make_console
+from pwm_fast.progress import make_console, number_text
 from pwm_fast.results import real_returns, summarise
 from pwm_fast.run_folder import RunFolder, read_summary
 
@@ -142,10 +142,10 @@ def test_tasks_lists_every_task_with_the_papers_return(capsys, call):
     assert call("tasks") == 0
     shown = capsys.readouterr().out
     for name in registry.names():
-        row = next(line for line in shown.splitlines() if line.startswith(name))
+        row = next(line for line in shown.splitlines() if line.startswith(f"{name} "))
         task = registry.get(name)
         assert str(task.obs_dim) in row and str(task.action_dim) in row
-        assert task.paper_return is None or f"{task.paper_return:,.0f}" in row
+        assert task.paper_return is None or number_text(task.paper_return) in row
     assert "python -m pwm_fast.extract --task" in shown
 
 

@@ -12,13 +12,14 @@ from pwm_fast.envs.registry import TASKS
 def register() -> None:
     """Tell Gymnasium our ids. Repeating it is harmless."""
     for task in TASKS.values():
-        if task.gym_id not in gymnasium.registry:
-            gymnasium.register(
-                task.gym_id,
-                entry_point="pwm_fast.envs.vector:DflexEnv",
-                vector_entry_point="pwm_fast.envs.vector:DflexVectorEnv",
-                kwargs={"task": task.name},
-            )
+        if task.gym_id in gymnasium.registry:
+            continue
+        if task.suite == "dflex":
+            fronts = ("pwm_fast.envs.vector:DflexEnv", "pwm_fast.envs.vector:DflexVectorEnv")
+        else:
+            fronts = (task.make, task.make_vector)
+        kwargs = {"task": task.name} if task.suite == "dflex" else {}
+        gymnasium.register(task.gym_id, entry_point=fronts[0], vector_entry_point=fronts[1], kwargs=kwargs)
 
 
 register()

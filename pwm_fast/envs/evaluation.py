@@ -25,12 +25,13 @@ class Episode:
 @dataclass(frozen=True)
 class EpisodeResults:
     """returns [n], lengths [n]; with ``record``: the episodes, and joint_q [T + 1, nq] of environment 0 for
-    pictures."""
+    pictures (dflex). successes [n]: whether an episode's last step was one of success, where the task tells it."""
 
     returns: np.ndarray
     lengths: np.ndarray
     episodes: list[Episode] | None = None
     joint_q: np.ndarray | None = None
+    successes: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -68,12 +69,13 @@ def evaluate(
 def _run(env: Any, policy_fn: Policy, episodes: int, seed: int, episode_length: int, record: bool) -> EpisodeResults:
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     running, fell = np.ones(episodes, bool), np.zeros(episodes, bool)
+    successes: np.ndarray | None = None
     obs, _ = env.reset(seed=seed)
     history: list[tuple] = []
     poses = [env.joint_q[0].copy()] if record and hasattr(env, "joint_q") else []
     for _ in range(episode_length):
         action = np.asarray(policy_fn(obs), np.float32)
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs, reward, terminated, truncated, info = env.step(action)
         if record:
             history.append((obs, action.clip(-1.0, 1.0), reward, next_obs))
             if poses and running[0]:
@@ -81,16 +83,18 @@ def _run(env: Any, policy_fn: Policy, episodes: int, seed: int, episode_length: 
         returns += np.where(running, reward, 0.0)
         lengths += running
         fell |= running & terminated
+        if "success" in info:
+            successes = np.where(running, info["success"], False if successes is None else successes).astype(bool)
         running &= ~(terminated | truncated)
         obs = next_obs
         if not running.any():
             break
     if not record:
-        return EpisodeResults(returns, lengths)
+        return EpisodeResults(returns, lengths, successes=successes)
     seen = np.stack([*(step[0] for step in history), history[-1][3]], 1)  # [N, T + 1, S]
     acted, earned = (np.stack([step[column] for step in history], 1) for column in (1, 2))  # [N, T, ...]
     whole = [
         Episode(seen[e, : n + 1].copy(), acted[e, :n].copy(), earned[e, :n].copy(), bool(fell[e]))
         for e, n in enumerate(lengths)
     ]
-    return EpisodeResults(returns, lengths, whole, np.stack(poses) if poses else None)
+    return EpisodeResults(returns, lengths, whole, np.stack(poses) if poses else None, successes)
