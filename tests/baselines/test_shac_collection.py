@@ -14,7 +14,7 @@ import torch
 from pwm_fast.baselines import shac_collection
 from pwm_fast.baselines.shac import SHACConfig
 from pwm_fast.baselines.shac_collection import RUN, CollectionSummary, collect_shac
-from pwm_fast.data.collect import Recording
+from pwm_fast.data.recording import Recording
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.layout import COLUMNS
 from pwm_fast.envs.dflex import DifferentiableEnv
