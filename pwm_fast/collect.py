@@ -11,7 +11,7 @@ Several tasks (--task mw-reach mw-drawer-open) share one store, numbered as MT30
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +20,8 @@ from rich.table import Table
 from pwm_fast import backend
 from pwm_fast.baselines.actor_policy import load_policy
 from pwm_fast.baselines.experts import NOISE_LEVELS, expert_source
+from pwm_fast.baselines.model_free import SACConfig
+from pwm_fast.baselines.sac_collection import collect_sac
 from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.baselines.shac_training import default_config
 from pwm_fast.data.collect import NoisyPolicy, RandomActions, Source, collect_episodes, policy_source
@@ -37,6 +39,7 @@ USED_BY = {  # which kinds of policy an option is for, where it is not for all
     "steps": ("shac", "sac"),
     "evaluation_episodes": ("shac",),
     "checkpoint_minutes": ("shac", "sac"),
+    "sac": ("sac",),
     "noise": (SAVED,),
     "noise_levels": ("expert", "planning"),
 }
@@ -64,6 +67,8 @@ class Options:
     """A saved policy: standard deviation of the normal noise added to actions."""
     noise_levels: tuple[float, ...] = NOISE_LEVELS
     """expert, planning: shares of random in the actions, episode by episode (0: none, 1: random actions)."""
+    sac: SACConfig = field(default_factory=SACConfig)
+    """sac: its settings."""
     seed: int = 0
     """Of everything random."""
     num_envs: int | None = None
@@ -87,13 +92,15 @@ def main(options: Options) -> int:
             positive(name, value)
     if not options.noise >= 0:
         raise ValueError(f"noise must be >= 0, got {options.noise}")
-    kind = options.policy if options.policy in ("shac", "expert", "random") else SAVED
+    kind = options.policy if options.policy in ("shac", "sac", "expert", "random") else SAVED
     _refuse_unused(options, kind)
     console = make_console()
     console.print(backend.describe())
     try:
         if kind == "shac":
             _collect_shac(tasks, options, console)
+        elif kind == "sac":
+            _collect_sac(tasks, options, console)
         else:
             _collect_episodes(tasks, kind, options, console)
     except Interrupted as stop:
@@ -155,11 +162,10 @@ def _collect_shac(tasks: list[registry.Task], options: Options, console: Console
     if len(tasks) != 1 or tasks[0].suite != "dflex":
         raise ValueError(f"--policy shac is for one dflex task, got {' '.join(options.task)}; use --policy sac")
     task = tasks[0]
-    minutes = DEFAULT_MINUTES if options.minutes is None and options.steps is None else options.minutes
     collect_shac(
         task.name,
         options.out,
-        minutes=minutes,
+        minutes=_minutes(options),
         steps=options.steps,
         seed=options.seed,
         config=None if options.num_envs is None else default_config(task.name, options.num_envs),
@@ -171,6 +177,25 @@ def _collect_shac(tasks: list[registry.Task], options: Options, console: Console
         checkpoint_seconds=60 * options.checkpoint_minutes,
         console=console,
     )
+
+
+def _collect_sac(tasks: list[registry.Task], options: Options, console: Console) -> None:
+    collect_sac(
+        options.out,
+        tasks,
+        minutes=_minutes(options),
+        steps=options.steps,
+        seed=options.seed,
+        config=options.sac,
+        max_transitions=options.max_transitions,
+        resume=options.resume,
+        checkpoint_seconds=60 * options.checkpoint_minutes,
+        console=console,
+    )
+
+
+def _minutes(options: Options) -> float | None:
+    return DEFAULT_MINUTES if options.minutes is None and options.steps is None else options.minutes
 
 
 def _show(path: Path, console: Console) -> None:
