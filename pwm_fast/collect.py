@@ -11,16 +11,21 @@ Several tasks (--task mw-reach mw-drawer-open) share one store, numbered as MT30
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pwm_fast import backend
+from pwm_fast.baselines import physics_planning
 from pwm_fast.baselines.actor_policy import load_policy
 from pwm_fast.baselines.experts import NOISE_LEVELS, expert_source
 from pwm_fast.baselines.model_free import SACConfig
+from pwm_fast.baselines.model_planning import default_planning, find_guide, model_source
+from pwm_fast.baselines.mppi import with_samples
 from pwm_fast.baselines.sac_collection import collect_sac
 from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.baselines.shac_training import default_config
@@ -28,12 +33,14 @@ from pwm_fast.data.collect import NoisyPolicy, RandomActions, Source, collect_ep
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
 from pwm_fast.errors import Interrupted, positive, run_command
+from pwm_fast.models.world_model import WorldModel
 from pwm_fast.progress import make_console, number_text, resume_command
 
 DEFAULT_MINUTES = 40.0
 DEFAULT_EPISODES = 256
 DFLEX_BATCH, SUITE_BATCH = 64, 24  # episodes simulated at once
 SAVED = "a saved policy"
+KINDS = ("shac", "sac", "expert", "planning", "random")
 USED_BY = {  # which kinds of policy an option is for, where it is not for all
     "minutes": ("shac", "sac"),
     "steps": ("shac", "sac"),
@@ -42,6 +49,11 @@ USED_BY = {  # which kinds of policy an option is for, where it is not for all
     "sac": ("sac",),
     "noise": (SAVED,),
     "noise_levels": ("expert", "planning"),
+    "world_model": ("planning",),
+    "guide": ("planning",),
+    "horizon": ("planning",),
+    "samples": ("planning",),
+    "processes": ("planning",),
 }
 
 
@@ -69,6 +81,16 @@ class Options:
     """expert, planning: shares of random in the actions, episode by episode (0: none, 1: random actions)."""
     sac: SACConfig = field(default_factory=SACConfig)
     """sac: its settings."""
+    world_model: Path | None = None
+    """planning: plan in this world model, ours or a checkpoint of TD-MPC2, instead of in MuJoCo."""
+    guide: Path | None = None
+    """planning in a world model: the run of an extraction from it, whose actor and critics guide the search."""
+    horizon: int | None = None
+    """planning: actions of a plan (default: 3 with a guide, 16 without, 12 in MuJoCo, each kept for 5 steps)."""
+    samples: int | None = None
+    """planning: action sequences per iteration (default 512 in a world model, 24 in MuJoCo)."""
+    processes: int = 1
+    """planning in MuJoCo: episodes at once; the data does not depend on it."""
     seed: int = 0
     """Of everything random."""
     num_envs: int | None = None
@@ -87,12 +109,22 @@ def main(options: Options) -> int:
     tasks = [registry.get(name) for name in options.task]
     if not tasks:
         raise ValueError("--task must name at least one task (python -m pwm_fast.tasks lists them), got none")
-    for name in ("minutes", "steps", "episodes", "num_envs", "threads", "max_transitions", "checkpoint_minutes"):
+    for name in (
+        "minutes",
+        "steps",
+        "episodes",
+        "num_envs",
+        "threads",
+        "max_transitions",
+        "checkpoint_minutes",
+        "horizon",
+        "samples",
+    ):
         if (value := getattr(options, name)) is not None:
             positive(name, value)
     if not options.noise >= 0:
         raise ValueError(f"noise must be >= 0, got {options.noise}")
-    kind = options.policy if options.policy in ("shac", "sac", "expert", "random") else SAVED
+    kind = options.policy if options.policy in KINDS else SAVED
     _refuse_unused(options, kind)
     console = make_console()
     console.print(backend.describe())
@@ -117,18 +149,27 @@ def _refuse_unused(options: Options, kind: str) -> None:
         kinds = USED_BY.get(item.name, (kind,))
         if kind not in kinds and getattr(options, item.name) != default:
             name = item.name.replace("_", "-")
-            raise ValueError(f"--{name} is for {' and '.join(kinds)}, not for --policy {options.policy}")
+            raise ValueError(f"--{name} is for {' and '.join(kinds)}, not for --policy {options.policy}: leave it out")
 
 
 def _collect_episodes(tasks: list[registry.Task], kind: str, options: Options, console: Console) -> None:
     """Everything whose episodes are independent of one another."""
-    make_source = {"expert": _expert, "random": _random, SAVED: _saved}[kind]
-    noise = list(options.noise_levels) if kind == "expert" else options.noise
+    asked = {"task": list(options.task), "policy": options.policy, "noise": options.noise, "seed": options.seed}
+    make: Callable[[registry.Task], Source]
+    if kind == "expert":
+        asked["noise"] = list(options.noise_levels)
+        make = lambda task: expert_source(task, options.seed, options.noise_levels)  # noqa: E731
+    elif kind == "planning":
+        make = _planning(options, asked)
+    else:
+        make = lambda task: (_random if kind == "random" else _saved)(task, options)  # noqa: E731
     batch = options.num_envs or (DFLEX_BATCH if tasks[0].suite == "dflex" else SUITE_BATCH)
+    if kind == "planning" and options.world_model is None:
+        batch = options.num_envs or 2 * options.processes
     collect_episodes(
         options.out,
-        [make_source(task, options) for task in tasks],
-        options={"task": list(options.task), "policy": options.policy, "noise": noise, "seed": options.seed},
+        [make(task) for task in tasks],
+        options=asked,
         episodes=options.episodes,
         batch=batch,
         max_transitions=options.max_transitions,
@@ -137,8 +178,28 @@ def _collect_episodes(tasks: list[registry.Task], kind: str, options: Options, c
     )
 
 
-def _expert(task: registry.Task, options: Options) -> Source:
-    return expert_source(task, options.seed, options.noise_levels)
+def _planning(options: Options, asked: dict[str, Any]) -> Callable[[registry.Task], Source]:
+    """How to make the episodes of a task, in MuJoCo or in a world model; what was asked for goes into `asked`."""
+    names = ("world_model", "guide", "horizon", "samples")
+    chosen = {name: getattr(options, name) for name in names}
+    asked |= {"noise": list(options.noise_levels)}
+    asked |= {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
+    given = {name: value for name, value in chosen.items() if name in ("horizon", "samples") and value is not None}
+    if options.world_model is None:
+        if options.guide is not None:
+            raise ValueError("--guide is for planning in a world model; give --world-model too")
+        config = with_samples(physics_planning.DEFAULT, **given)
+        return lambda task: physics_planning.physics_source(
+            task, options.seed, options.noise_levels, config, processes=options.processes
+        )
+    model = WorldModel.load(options.world_model)
+    guide = find_guide(options.world_model, model, options.guide)
+
+    def source(task: registry.Task) -> Source:
+        config = with_samples(default_planning(task, guide is not None), **given)
+        return model_source(task, model, options.seed, options.noise_levels, guide, config, options.threads)
+
+    return source
 
 
 def _random(task: registry.Task, options: Options) -> Source:

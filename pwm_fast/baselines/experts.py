@@ -7,23 +7,19 @@ task is solved, the hand gets no displacement and the gripper's last command.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from pwm_fast.data.collect import RandomActions, Source, derived_seed
+from pwm_fast.data.collect import RandomActions, Source, check_noise_levels, derived_seed, noise_level, noise_phase
 from pwm_fast.data.recording import EpisodeAssembler
 from pwm_fast.envs.evaluation import Episode
 from pwm_fast.envs.extras import import_extra
 from pwm_fast.envs.registry import Task
 
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-
-
-def phase(level: float) -> str:
-    """A noise level's name in a store's account."""
-    return "random actions" if level == 1.0 else f"expert, noise {level:g}"
 
 
 def refuse_without_expert(task: Task) -> None:
@@ -50,7 +46,9 @@ class ScriptedExpert:
 
     def __call__(self, obs: np.ndarray, success: np.ndarray) -> np.ndarray:
         """Actions [N, 4] in [-1, 1] for observations [N, 39]; `success` [N]: where to hold still."""
-        actions = np.stack([expert.get_action(row) for expert, row in zip(self._experts, obs.astype(np.float64))])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that its actions need the clipping they get here
+            actions = np.stack([expert.get_action(row) for expert, row in zip(self._experts, obs.astype(np.float64))])
         actions = np.clip(actions, -1.0, 1.0)
         actions[success, :3], actions[success, 3] = 0.0, self._grip[success]
         self._grip = actions[:, 3].copy()
@@ -63,19 +61,17 @@ def expert_source(task: Task, seed: int, levels: Sequence[float] = NOISE_LEVELS)
     Raises ValueError for levels outside [0, 1] and for a task without an expert.
     """
     refuse_without_expert(task)
-    if not levels or not all(0.0 <= level <= 1.0 for level in levels):
-        raise ValueError(f"noise levels must be from 0 (the expert) to 1 (random), got {list(levels)}")
+    check_noise_levels(levels)
 
     def batch(first: int, count: int) -> Iterator[tuple[str, Episode]]:
-        # pairs share a level: of a pair, one gets jumping and one smooth noise
-        mine = [float(levels[number // 2 % len(levels)]) for number in range(first, first + count)]
+        mine = [noise_level(levels, number) for number in range(first, first + count)]
         level = np.array(mine)[:, None]
         env = task.make_vector(count, seed=derived_seed(seed, first))
         try:
             episodes = _run(env, ScriptedExpert(task, count), level, derived_seed(seed, first, 1), task.episode_length)
         finally:
             env.close()
-        return ((phase(level), episode) for level, episode in zip(mine, episodes))
+        return ((noise_phase("expert", level), episode) for level, episode in zip(mine, episodes))
 
     return Source(task, "scripted expert", batch)
 

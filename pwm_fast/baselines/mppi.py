@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,18 @@ class MPPIConfig:
     def published(action_dim: int) -> MPPIConfig:
         """TD-MPC2's: two more iterations from 20 actions on."""
         return MPPIConfig(iterations=8 if action_dim >= 20 else 6)
+
+
+def with_samples(config: MPPIConfig, samples: int | None = None, horizon: int | None = None) -> MPPIConfig:
+    """Another number of sequences, with as large shares of elites and of the policy's trajectories, or a horizon."""
+    share = (samples or config.samples) / config.samples
+    return replace(
+        config,
+        samples=samples or config.samples,
+        elites=max(round(config.elites * share), 1),
+        policy_trajectories=int(config.policy_trajectories * share),
+        horizon=horizon or config.horizon,
+    )
 
 
 class MPPI:

@@ -63,6 +63,23 @@ class RandomActions:
         return action.astype(np.float32)
 
 
+def noise_level(levels: Sequence[float], number: int) -> float:
+    """The share of random actions in episode `number`: each level in turn, for a pair of episodes (one of a pair has
+    jumping noise, the other one smooth noise)."""
+    return float(levels[number // 2 % len(levels)])
+
+
+def noise_phase(title: str, level: float) -> str:
+    """A noise level's name in a store's account."""
+    return "random actions" if level == 1.0 else f"{title}, noise {level:g}"
+
+
+def check_noise_levels(levels: Sequence[float]) -> None:
+    """Raises ValueError unless all levels are in [0, 1], and there are any."""
+    if not levels or not all(0.0 <= level <= 1.0 for level in levels):
+        raise ValueError(f"noise levels must be from 0 (no noise) to 1 (random actions), got {list(levels)}")
+
+
 class NoisyPolicy:
     """A policy's deterministic actions plus normal noise of a standard deviation, clipped to [-1, 1]."""
 

@@ -7,7 +7,7 @@ import pytest
 
 from pwm_fast.data.collect import NoisyPolicy, RandomActions, collect_episodes, derived_seed, policy_source
 from pwm_fast.data.episodes import EpisodeStore
-from pwm_fast.data.recording import EpisodeAssembler, EvenThinning, Recording, task_numbers
+from pwm_fast.data.recording import EpisodeAssembler, EvenThinning, Recording
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode
 
