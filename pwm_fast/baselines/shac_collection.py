@@ -24,16 +24,15 @@ from pwm_fast.baselines.actor_policy import ActorPolicy
 from pwm_fast.baselines.shac import IterationMetrics, Rollout, SHACConfig
 from pwm_fast.baselines.shac_training import Evaluation, SHACTraining
 from pwm_fast.data.collect import (
-    EpisodeAssembler,
     NoisyPolicy,
     RandomActions,
-    Recording,
     derived_seed,
     one_torch_thread,
     record_batches,
     refuse_mismatch,
 )
 from pwm_fast.data.layout import read_header
+from pwm_fast.data.recording import EpisodeAssembler, Recording
 from pwm_fast.envs.evaluation import Episode
 from pwm_fast.progress import Interrupt, Progress, make_console, number_text
 from pwm_fast.run_folder import OPTIONS, RunFolder, versions
@@ -192,7 +191,7 @@ class _Run:
             seed=derived_seed(training.seed, RANDOM_STREAM),
             threads=training.threads,
         )
-        ((_, returns),) = batches
+        (returns,) = batches
         self.random_return = float(returns.mean())
         command = shlex.join(["python", *sys.argv])
         self.recording.notes.update(command=command, policy="shac", **self._options(), versions=versions())
@@ -288,7 +287,7 @@ class _Run:
         """Returns of the policy under a noise; raises Interrupted after Ctrl-C."""
         training = self.training
         returns: list[float] = []
-        for _, part in record_batches(
+        for part in record_batches(
             self.recording,
             training.task,
             lambda seed: NoisyPolicy(policy, noise, seed),

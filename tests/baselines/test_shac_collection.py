@@ -14,9 +14,9 @@ import torch
 from pwm_fast.baselines import shac_collection
 from pwm_fast.baselines.shac import SHACConfig
 from pwm_fast.baselines.shac_collection import RUN, CollectionSummary, collect_shac
-from pwm_fast.data.collect import Recording
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.layout import COLUMNS
+from pwm_fast.data.recording import Recording
 from pwm_fast.envs.dflex import DifferentiableEnv
 
 SMALL = SHACConfig(num_envs=4, horizon=16, actor_units=(16,), critic_units=(16,), critic_epochs=2)
@@ -225,7 +225,7 @@ def test_a_full_disk_loses_nothing(limit: int, uninterrupted, command_environmen
         (["--task", "hoper"], "did you mean 'hopper'"),
         (["--task", "hopper", "--minutes", "0"], "minutes must be > 0"),
         (["--task", "hopper", "--max-transitions", "-1"], "max_transitions must be > 0"),
-        (["--task", "hopper", "--policy", "random", "--minutes", "3"], "--episodes"),
+        (["--task", "hopper", "--policy", "random", "--minutes", "3"], "--minutes is for shac and sac"),
         (["--task", "hopper", "--policy", "nowhere"], "nowhere holds no policy"),
         (["--task", "hopper", "--resume"], "nothing to resume"),
     ],

@@ -5,16 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pwm_fast.data.collect import (
-    EpisodeAssembler,
-    EvenThinning,
-    NoisyPolicy,
-    RandomActions,
-    Recording,
-    collect_policy,
-    derived_seed,
-)
+from pwm_fast.data.collect import NoisyPolicy, RandomActions, collect_episodes, derived_seed, policy_source
 from pwm_fast.data.episodes import EpisodeStore
+from pwm_fast.data.recording import EpisodeAssembler, EvenThinning, Recording
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode
 
@@ -144,9 +137,9 @@ def test_seeds_of_parts_differ():
 
 def collect(path: Path, episodes: int, resume: bool = False, **options) -> EpisodeStore:
     task = registry.get("hopper")
-    asked = {"task": "hopper", "policy": "random"}
-    settings = dict(title="random actions", options=asked, batch=4, threads=1, seed=3) | options
-    collect_policy(path, task, lambda seed: RandomActions(3, seed), episodes=episodes, resume=resume, **settings)
+    source = policy_source(task, lambda seed: RandomActions(3, seed), "random actions", seed=3, threads=1)
+    settings = dict(options={"task": "hopper", "policy": "random"}, batch=4) | options
+    collect_episodes(path, [source], episodes=episodes, resume=resume, **settings)
     return EpisodeStore.open(path)
 
 
