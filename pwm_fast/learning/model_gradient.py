@@ -69,7 +69,7 @@ class ModelGradient:
         return rows * (1.0 / (rows.norm(dim=-1, keepdim=True) + EMBEDDING_EPS)).clamp(max=1.0)
 
     def _back_to_embedding(self, task: Tensor, de: Tensor) -> None:
-        """Through the scaling e = w s, s = 1 / (|w| + eps) where that is below 1: dw = s de - (s^2 / |w|) (w . de) w."""
+        """Through e = w s with s = 1 / (|w| + eps), where that is below 1: dw = s de - (s^2 / |w|) (w . de) w."""
         weight = self.model._task_emb.weight
         # a product with one-hot rows adds up in one order on every device
         member = (task == torch.arange(len(weight), device=task.device)[:, None]).to(de.dtype)  # [T, B]
