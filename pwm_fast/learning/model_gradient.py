@@ -22,6 +22,7 @@ from pwm_fast.models.world_model import WorldModel
 if TYPE_CHECKING:
     from pwm_fast.learning.pretraining import PretrainingConfig, Windows
 
+EMBEDDING_EPS = 1e-7  # torch's, of embeddings with a largest norm
 LARGEST_ERROR = 8.0  # of a change of state, in standard deviations
 
 
@@ -47,11 +48,7 @@ class ModelGradient:
         weight = weight[:, None].expand_as(windows.reward) / windows.reward.numel()  # [H, B]
         if windows.valid is not None:
             weight = weight * windows.valid
-        embedding = None
-        if windows.task is not None:
-            with torch.enable_grad():
-                embedding = self.model.task_embedding(windows.task)  # [B, E]
-        e = None if embedding is None else embedding.detach()
+        e = None if windows.task is None else self._embedding(windows.task)  # [B, E]
         encodings, steps, z = self._imagine(windows, e)
         terms, dz = {}, self._workspace.tensor("dz", encodings, *encodings.shape)
         de = None if e is None else torch.zeros_like(e)
@@ -61,11 +58,26 @@ class ModelGradient:
         if self._termination is not None:
             terms["termination"] = self._terminations(windows, z, e, weight, config, dz[1:], de)
         self._back_through_time(dz, de)
-        if embedding is not None:
-            table = self.model._task_emb.weight
-            table.grad.copy_(torch.autograd.grad(embedding, table, de)[0])
+        if windows.task is not None:
+            self._back_to_embedding(windows.task, de)
         total = sum(getattr(config, f"{name}_coef") * value for name, value in terms.items())
         return {"total": total, **terms}
+
+    def _embedding(self, task: Tensor) -> Tensor:
+        """`WorldModel.task_embedding`, by operations that a device without data can trace."""
+        rows = self.model._task_emb.weight.detach().index_select(0, task)
+        return rows * (1.0 / (rows.norm(dim=-1, keepdim=True) + EMBEDDING_EPS)).clamp(max=1.0)
+
+    def _back_to_embedding(self, task: Tensor, de: Tensor) -> None:
+        """Through e = w s with s = 1 / (|w| + eps), where that is below 1: dw = s de - (s^2 / |w|) (w . de) w."""
+        weight = self.model._task_emb.weight
+        # a product with one-hot rows adds up in one order on every device
+        member = (task == torch.arange(len(weight), device=task.device)[:, None]).to(de.dtype)  # [T, B]
+        de, w = member @ de, weight.detach()
+        norm = w.norm(dim=1, keepdim=True)
+        scale = 1.0 / (norm + EMBEDDING_EPS)
+        along = scale.square() / norm * (w * de).sum(1, keepdim=True) * w
+        weight.grad.copy_(torch.where(scale < 1.0, scale * de - along, de))
 
     def _imagine(self, windows: Windows, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Encodings [H+1, B, Z] of what was observed, the networks' inputs [z, e, a] of all steps [H, B, .], and the

@@ -130,7 +130,8 @@ def _part(
     order = np.argsort(random_bits(seed, SPLIT_STREAM, 0, store.num_episodes), kind="stable")
     ids = order[task[order] == stored]
     if len(ids) < 2:
-        raise StoreError(f"episode store {store.path} has 1 episode {name}; a validation split needs at least 2")
+        of = f" of {name}" if name else ""
+        raise StoreError(f"episode store {store.path} has 1 episode{of}; a validation split needs at least 2")
     held = min(max(round(fraction * len(ids)), 1), len(ids) - 1)
     return Part(number, store, stored, np.sort(ids[held:]), np.sort(ids[:held]))
 

@@ -92,11 +92,14 @@ class TrainedNetwork:
             d = m.d[:, rows]
             if ln:
                 saved = (m.pre[:, rows], m.mean[:, rows], m.rstd[:, rows], *ln)
+                place = d if self.dtype is self._own else None  # statistics in float32 may widen what torch returns
                 if layer.simnorm_dim:
                     simnorm = layer.simnorm_dim
-                    _, dgain, dshift = layernorm_simnorm.backward(d, m.y[:, rows], *saved, True, simnorm, out=d)
+                    dx, dgain, dshift = layernorm_simnorm.backward(d, m.y[:, rows], *saved, True, simnorm, out=place)
                 else:
-                    _, dgain, dshift = layernorm_mish.backward(d, *saved, True, out=d)
+                    dx, dgain, dshift = layernorm_mish.backward(d, *saved, True, out=place)
+                if dx is not d:
+                    d.copy_(dx)
                 layer.ln.weight.grad += dgain[0]
                 layer.ln.bias.grad += dshift[0]
             if i:

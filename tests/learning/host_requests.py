@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,3 +134,15 @@ def fake_cuda(*originals: Any) -> Iterator[tuple[Any, ...]]:
         copies = copy.deepcopy(originals)
     with mode, NoHostRequests(), _without_device_guard():
         yield copies
+
+
+def move_module(module: nn.Module) -> nn.Module:
+    """Inside `fake_cuda`: gives `module` parameters and buffers on the device without data."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="cuda"))
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+    return module

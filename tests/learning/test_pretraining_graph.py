@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from host_requests import NoHostRequests
+from host_requests import NoHostRequests, fake_cuda, move_module
 from torch.nn.functional import cosine_similarity
 
+from pwm_fast import backend
+from pwm_fast.kernels.triton_support import unavailable
 from pwm_fast.learning.pretraining import Pretraining, PretrainingConfig, Windows
 from pwm_fast.learning.pretraining_graph import PretrainingGraph
 from pwm_fast.models.world_model import LATENTS, WorldModel, WorldModelConfig
@@ -134,3 +138,46 @@ def test_impossible_requests_are_refused() -> None:
     one.batch = lambda step: batch(step, rows=64 + step)
     with pytest.raises(ValueError, match="all batches must have one shape; obs changed"):
         PretrainingGraph(one).run(2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("tasks", [0, 3])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_the_whole_step_runs_on_a_device_that_has_no_data(
+    latent: str, tasks: int, kernels: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake CUDA tensors: reading one back, mixing devices and copying between them each raise."""
+    if kernels == "triton" and unavailable is not None:
+        pytest.skip(unavailable)
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    m = model(latent, tasks)
+    with fake_cuda(batch(0, tasks)) as (there,):
+        one = Pretraining(move_module(m), PretrainingConfig(precision=precision), lambda step: there)
+        graph = PretrainingGraph(one)
+        monkeypatch.setenv(backend.VARIABLE, kernels)
+        graph._windows = there
+        for _ in range(2):  # the second finds the first one's memory
+            graph._step()
+        assert graph._rows is not None and graph._rows.device.type == "cuda"
+        assert {p.grad.device.type for p in one.parameters} == {"cuda"}
+
+
+@pytest.mark.parametrize("where", ["gradients", "update"])
+def test_the_trace_finds_a_request_to_the_host(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    m = model()
+    with fake_cuda(batch(0)) as (there,):
+        one = Pretraining(move_module(m), PretrainingConfig(), lambda step: there)
+        graph = PretrainingGraph(one)
+        graph._windows = there
+        whole = getattr(one, where)
+
+        def asking(*arguments: Any) -> Any:
+            out = whole(*arguments)
+            one.parameters[0].grad.view(-1)[0].item()
+            return out
+
+        setattr(one, where, asking)
+        with pytest.raises(AssertionError, match="_local_scalar_dense makes the host wait"):
+            graph._step()
