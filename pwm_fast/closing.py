@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pwm_fast import backend
 from pwm_fast.data.collect import one_torch_thread
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import EpisodeResults, evaluate_population
+from pwm_fast.envs.scores import Aggregate, score_table
 from pwm_fast.learning.waves import Finished, Waves
 from pwm_fast.models.policy import Policy
 from pwm_fast.pictures import curve, rollout_gif, series
 from pwm_fast.progress import Phases
-from pwm_fast.results import print_closing, real_returns, summarise
-from pwm_fast.run_folder import RunFolder
+from pwm_fast.results import files_table, print_closing, real_returns, result_table, summarise
+from pwm_fast.run_folder import SCORES, SUMMARY, RunFolder
 from pwm_fast.state_files import write_json
 
 EPISODES, SUITE_EPISODES, SEED = 16, 10, 10_000
@@ -85,7 +88,8 @@ def close(
         folder.write_summary(summaries[tasks[0]])
         print_closing(console, summaries[tasks[0]], folder.path, warnings)
     else:
-        close_many(console, summaries, folder, warnings)
+        by_task = {task: [r for r, m in zip(results, waves.members) if m.task == task] for task in tasks}
+        close_many(console, summaries, by_task, folder, warnings)
 
 
 @one_torch_thread()
@@ -143,7 +147,50 @@ def close_task(
     )
 
 
-def close_many(console: Console, summaries: dict[str, dict[str, Any]], folder: RunFolder, warnings: list[str]) -> None:
-    """Each task's summary in its folder, and the table of all."""
+def close_many(
+    console: Console,
+    summaries: Mapping[str, dict[str, Any]],
+    results: Mapping[str, Sequence[EpisodeResults]],
+    folder: RunFolder,
+    warnings: Sequence[str],
+) -> None:
+    """Each task's summary in its folder; of tasks of MT30 and MT80 their scores beside the published ones."""
     for task, summary in summaries.items():
-        write_json(folder.file(task) / "summary.json", summary)
+        write_json(folder.file(task) / SUMMARY, summary)
+    total: dict[str, Any] = {
+        name: {"return_mean": s["return_mean"], "score": s["score"]} for name, s in summaries.items()
+    }
+    summary = {"tasks": total, "seconds": next(iter(summaries.values()))["seconds"]}
+    console.print()
+    if all(registry.get(task).ids for task in results):
+        table = score_table(results)
+        table.write_csv(folder.file(SCORES))
+        console.print(table.table())
+        try:
+            summary["aggregates"] = {name: asdict(found) for name, found in table.aggregates().items()}
+        except (ImportError, ValueError) as error:
+            warnings = [*warnings, f"no aggregates: {error}"]
+        else:
+            console.print(aggregates_table(table.aggregates()))
+    else:
+        for task, found in summaries.items():
+            console.rule(Text(task, style="bold"), align="left")
+            console.print(result_table(found))
+    folder.write_summary(summary)
+    for warning in warnings:
+        console.print(Text(f"! {warning}", style="yellow"))
+    console.print()
+    console.print(files_table(folder.path))
+
+
+def aggregates_table(aggregates: Mapping[str, Aggregate]) -> Table:
+    """Means and interquartile means of whole sets of scores, with their intervals."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    for heading in ("over all tasks and runs", "runs", "mean", "95%", "IQM", "95%"):
+        table.add_column(heading, justify="left" if not table.columns else "right", no_wrap=True)
+    for name, found in aggregates.items():
+        intervals = [
+            "-" if i is None else f"{i[0]:.1f} to {i[1]:.1f}" for i in (found.mean_interval, found.iqm_interval)
+        ]
+        table.add_row(name, str(found.runs), f"{found.mean:.1f}", intervals[0], f"{found.iqm:.1f}", intervals[1])
+    return table

@@ -44,10 +44,11 @@ except ImportError:  # Windows: no lock, everything else works
     fcntl = None  # type: ignore[assignment]
 
 OPTIONS, METRICS, CHECKPOINT, SUMMARY = "run.json", "metrics.csv", "checkpoint.safetensors", "summary.json"
-LOCK = ".lock"
+LOCK, SCORES = ".lock", "scores.csv"
 POLICY_FILES = ("policy.safetensors", "policy.json")
 FILES = {
     "policy.safetensors": "the best policy (Policy.load), its text part in policy.json",
+    SCORES: "a row per task, beside the published scores",
     "summary.json": "returns, settings, time by phase, versions",
     "metrics.csv": "every logged step",
     "curve.png": "real and imagined return against time",
