@@ -35,7 +35,7 @@ from pwm_fast.run_folder import RunFolder, latest_path, new_path
 from pwm_fast.shipped import Prepared, prepared
 
 CLOSING_SECONDS = 40.0  # kept back for the last evaluation and the pictures
-PREPARATION_SHARE, PREPARATION_MINUTES = 0.6, 10.0  # of a run's time, where the world model has to be built first
+PREPARATION_SHARE, PREPARATION_MINUTES = 0.7, 10.0  # of a run's time, where the world model has to be built first
 BUILT_SIZE = "1M"
 
 

@@ -18,7 +18,7 @@ from pwm_fast.progress import Interrupt, Progress
 from pwm_fast.run_folder import versions
 from pwm_fast.shipped import DATA, MODEL, Prepared, cache_root, cached
 
-COLLECTION_SHARE = 0.55  # of the time: the policy can be no better than what the data shows of the task
+COLLECTION_SHARE = 0.65  # of the time: the policy can be no better than what the data shows of the task
 TERMINATION_DIM = 128
 MEASURED_STEPS = 20
 
