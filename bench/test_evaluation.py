@@ -2,9 +2,9 @@
 
     pytest bench/test_evaluation.py -s
 
-The first test takes minutes and prints the seconds passed, the CPU seconds of this process and of the workers, and
-where the limit of 90 s on two free cores stands. The second is for shared machines: CPU seconds of `evaluate` and of the
-plain loop over dm_control's and Meta-World's own environments, in turn, with the same numbers asserted.
+The first test takes a minute or more and prints the seconds passed and the CPU seconds of this process and its workers;
+the aim is 90 s on two cores. The second is for shared machines: CPU seconds of `evaluate` and of the plain loop over
+dm_control's and Meta-World's own environments, in turn, with the same returns asserted.
 """
 
 from __future__ import annotations
@@ -49,13 +49,11 @@ def test_all_tasks_within_the_time() -> None:
     before = [cpu_seconds(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     results = evaluate_population(tasks, policies, EPISODES, seed=0, processes=PROCESSES)
     passed = time.monotonic() - start
-    own, theirs = (
-        cpu_seconds(who) - b for who, b in zip((resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), before)
-    )
+    own, theirs = (cpu_seconds(who) - b for who, b in zip((resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN), before))
     alone = (own + theirs) / PROCESSES
     print(
-        f"\n{len(tasks)} tasks x {EPISODES} episodes, {PROCESSES} processes: {passed:.0f} s passed; CPU {own:.0f} s here, "
-        f"{theirs:.0f} s in the workers, so {alone:.0f} s on {PROCESSES} cores with nothing else to do"
+        f"\n{len(tasks)} tasks x {EPISODES} episodes, {PROCESSES} processes: {passed:.0f} s passed; CPU {own:.0f} s "
+        f"here, {theirs:.0f} s in the workers: {alone:.0f} s on {PROCESSES} cores with nothing else to do"
     )
     for task, result in zip(tasks, results):
         assert (result.lengths == task.episode_length).all() and np.isfinite(result.returns).all()

@@ -30,9 +30,10 @@ def untrained(name: str, seeds: list[int]) -> list:
 
     torch.manual_seed(0)
     task = registry.get(name)
-    config = WorldModelConfig(task.obs_dim, task.action_dim, latent_dim=16, mlp_dim=16, encoder_dim=16, encoder_layers=2)
-    sizes = ExtractionConfig(actor_units=(16,), critic_units=(16,))
-    return Extraction(WorldModel(config), sizes, seeds=seeds, tasks=[name] * len(seeds)).policies()
+    sizes = {"latent_dim": 16, "mlp_dim": 16, "encoder_dim": 16, "encoder_layers": 2}
+    world_model = WorldModel(WorldModelConfig(task.obs_dim, task.action_dim, **sizes))
+    config = ExtractionConfig(actor_units=(16,), critic_units=(16,))
+    return Extraction(world_model, config, seeds=seeds, tasks=[name] * len(seeds)).policies()
 
 
 @pytest.fixture
