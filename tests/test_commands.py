@@ -121,7 +121,8 @@ def test_evaluate_names_what_is_wrong(run: RunFolder, damage: str, text: str, ca
     if damage == "no run":
         arguments = [run.path / "absent"]
     elif damage == "no policy":
-        arguments = [run.path.parent]
+        arguments = [run.path.parent / "empty"]
+        arguments[0].mkdir()
     elif damage == "truncated policy":
         weights = run.path / "seed_3" / "policy.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])

@@ -2,7 +2,14 @@
 
 import os
 import sys
+from collections.abc import Callable
 from ctypes.util import find_library
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # suite_env asks this module whether it can draw
+    from pwm_fast.envs.registry import Task
 
 _LIBRARIES = {"egl": ("EGL", "libegl1"), "osmesa": ("OSMesa", "libosmesa6")}  # MUJOCO_GL -> library, Debian's package
 _ADVICE = "install EGL (libegl1) or OSMesa (libosmesa6) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start"
@@ -32,3 +39,32 @@ def prepare_drawing() -> None:
             f"the first environment is made, or set MUJOCO_GL={found[0]} before the start"
         )
     os.environ["MUJOCO_GL"] = found[0]
+
+
+def drawn_episode(
+    task: "Task",
+    policy_fn: Callable[[np.ndarray], np.ndarray],
+    seed: int,
+    frames_per_second: float = 25.0,
+    seconds: float = 7.0,
+) -> np.ndarray:
+    """Pictures [T, height, width, 3] uint8, in real time, of the episode that `evaluate` runs first with this seed.
+
+    For tasks of dm_control, Meta-World and Gymnasium; call `prepare_drawing` before anything imports MuJoCo.
+    Raises RuntimeError where this machine cannot draw.
+    """
+    from pwm_fast.envs.suite_vector import episode_seeds
+
+    env = task.make(render_mode="rgb_array")
+    try:
+        every = (env.metadata.get("render_fps") or frames_per_second) / frames_per_second  # steps per picture, or more
+        obs, _ = env.reset(seed=episode_seeds(seed, 1)[0])
+        frames, over, step = [env.render()], False, 0
+        while not over and len(frames) < seconds * frames_per_second:
+            obs, _, terminated, truncated, _ = env.step(np.asarray(policy_fn(obs[None]))[0])
+            over, step = terminated or truncated, step + 1
+            if step >= len(frames) * every:
+                frames.append(env.render())
+        return np.stack(frames)
+    finally:
+        env.close()

@@ -86,7 +86,7 @@ def _multi_task() -> Iterator[Task]:
             name = row["name"]
             ids = {"mt30": number, "mt80": number} if number < 30 else {"mt80": number}
             obs_dim, action_dim, steps = (int(row[key]) for key in ("obs_dim", "action_dim", "episode_length"))
-            random = [float(row[key]) if row.get(key) else None for key in ("random_return", "random_score")]
+            random = [float(row[key]) for key in ("random_return", "random_score")]
             yield Task(name, row["suite"], name, obs_dim, action_dim, steps, paper[name], random[0], 2, ids, random[1])
 
 
