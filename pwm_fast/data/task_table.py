@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from pwm_fast.errors import nearest
 
 _TABLE = Path(__file__).parent.parent / "assets" / "tdmpc2_tasks.csv"
@@ -75,3 +77,21 @@ def select(chosen: list[str], names: list[str]) -> list[int]:
             raise ValueError(nearest("task", choice, [*names, *SETS, *SUITES]))
         numbers |= found
     return sorted(numbers)
+
+
+def pad_obs(obs: np.ndarray, set: str = "mt80") -> np.ndarray:
+    """Observations [..., S] of a task as the set's data has them: zeros behind, to [..., 24] or [..., 39].
+
+    Raises ValueError for more entries than the set has, or another set.
+    """
+    width = padded_dims(set)[0]
+    obs = np.asarray(obs)
+    if obs.shape[-1] > width:
+        raise ValueError(f"observations of {set} have at most {width} entries, got {obs.shape[-1]}")
+    return np.pad(obs, [(0, 0)] * (obs.ndim - 1) + [(0, width - obs.shape[-1])])
+
+
+def action_masks(set: str = "mt80") -> np.ndarray:
+    """[tasks, 6] float32: 1 for the entries of a padded action that a task has, by task number (TD-MPC2's masks)."""
+    width = padded_dims(set)[1]
+    return np.array([[float(i < task.action_dim) for i in range(width)] for task in tasks(set)], np.float32)

@@ -13,7 +13,7 @@ from pwm_fast.envs.suite_env import SuiteEnv
 _DOMAINS = {"cup": "ball_in_cup"}
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _prototype(name: str) -> Any:
     """dm_control's environment of a task. Compiling its model takes far longer than copying it."""
     suite = import_extra("dm_control.suite", "mt80")
@@ -43,6 +43,9 @@ class DmControlEnv(SuiteEnv):
         """Of the physics as it is now, [S] float32."""
         parts = self.rules.get_observation(self.physics).values()
         return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
+
+    def _picture(self) -> np.ndarray:
+        return self.physics.render(height=240, width=320, camera_id=0)
 
     def _begin(self, seed: int | None) -> np.ndarray:
         if seed is not None:

@@ -1,45 +1,18 @@
-"""Real returns of a policy: one episode per environment, all environments at once, deterministic in the seed."""
+"""Real returns of policies: one episode per environment, a policy's environments at once, deterministic in the seed."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pwm_fast.envs import registry
+from pwm_fast.envs.episode_results import Counting, Episode, EpisodeResults, joined
+
+__all__ = ["Episode", "EpisodeResults", "Policy", "evaluate", "evaluate_population"]
 
 Policy = Callable[[np.ndarray], np.ndarray]  # obs [N, S] -> action [N, A]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One whole episode as the store takes it: obs [T + 1, S], action [T, A], reward [T], and whether it ended in a
-    fall."""
-
-    obs: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    terminated: bool
-
-
-@dataclass(frozen=True)
-class EpisodeResults:
-    """returns [n], lengths [n]; with ``record``: the episodes, and joint_q [T + 1, nq] of environment 0 for
-    pictures (dflex). successes [n]: whether an episode's last step was one of success, where the task tells it."""
-
-    returns: np.ndarray
-    lengths: np.ndarray
-    episodes: list[Episode] | None = None
-    joint_q: np.ndarray | None = None
-    successes: np.ndarray | None = None
-
-    @property
-    def mean(self) -> float:
-        return float(self.returns.mean())
-
-    @property
-    def std(self) -> float:
-        return float(self.returns.std())
 
 
 def evaluate(
@@ -56,45 +29,135 @@ def evaluate(
 
     Raises UnknownTask, and ValueError for ``episodes`` < 1 or a policy whose actions are non-finite or wrongly shaped.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be >= 1, got {episodes}")
+    _at_least_one("episodes", episodes)
     row = registry.get(task) if isinstance(task, str) else task
     env = row.make_vector(episodes, seed=seed, threads=threads, **options)
     try:
-        return _run(env, policy_fn, episodes, seed, row.episode_length, record)
+        return _run(env, policy_fn, seed, row.episode_length, record)
     finally:
         env.close()
 
 
-def _run(env: Any, policy_fn: Policy, episodes: int, seed: int, episode_length: int, record: bool) -> EpisodeResults:
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    running, fell = np.ones(episodes, bool), np.zeros(episodes, bool)
-    successes: np.ndarray | None = None
-    obs, _ = env.reset(seed=seed)
-    history: list[tuple] = []
+def _run(env: Any, policy_fn: Policy, seed: int, episode_length: int, record: bool) -> EpisodeResults:
+    counting = Counting(env.reset(seed=seed)[0], record)
     poses = [env.joint_q[0].copy()] if record and hasattr(env, "joint_q") else []
     for _ in range(episode_length):
-        action = np.asarray(policy_fn(obs), np.float32)
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        if record:
-            history.append((obs, action.clip(-1.0, 1.0), reward, next_obs))
-            if poses and running[0]:
-                poses.append(env.joint_q[0].copy())
-        returns += np.where(running, reward, 0.0)
-        lengths += running
-        fell |= running & terminated
-        if "success" in info:
-            successes = np.where(running, info["success"], False if successes is None else successes).astype(bool)
-        running &= ~(terminated | truncated)
-        obs = next_obs
-        if not running.any():
+        action = np.asarray(policy_fn(counting.obs), np.float32)
+        obs, reward, terminated, truncated, info = env.step(action)
+        if poses and counting.running[0]:
+            poses.append(env.joint_q[0].copy())
+        counting.step(action, obs, reward, terminated, truncated, info.get("success"))
+        if not counting.running.any():
             break
-    if not record:
-        return EpisodeResults(returns, lengths, successes=successes)
-    seen = np.stack([*(step[0] for step in history), history[-1][3]], 1)  # [N, T + 1, S]
-    acted, earned = (np.stack([step[column] for step in history], 1) for column in (1, 2))  # [N, T, ...]
-    whole = [
-        Episode(seen[e, : n + 1].copy(), acted[e, :n].copy(), earned[e, :n].copy(), bool(fell[e]))
-        for e, n in enumerate(lengths)
-    ]
-    return EpisodeResults(returns, lengths, whole, np.stack(poses) if poses else None, successes)
+    return counting.results(np.stack(poses) if poses else None)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+GROUP = 16  # environments of a task in one process: more would bring little, and each takes up to 20 MB
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Episodes of one policy that run at once in a worker."""
+
+    policy: int
+    task: registry.Task
+    num_envs: int
+    seed: int | list[int]
+
+
+def _groups(policy: int, task: registry.Task, episodes: int, seed: int) -> list[_Group]:
+    if task.suite == "dflex":  # one simulation holds them all, and draws for the whole batch
+        return [_Group(policy, task, episodes, seed)]
+    from pwm_fast.envs.suite_vector import episode_seeds
+
+    seeds = episode_seeds(seed, episodes)
+    parts = [seeds[first : first + GROUP] for first in range(0, episodes, GROUP)]
+    return [_Group(policy, task, len(part), part) for part in parts]
+
+
+def evaluate_population(
+    tasks: Sequence[str | registry.Task],
+    policy_fns: Sequence[Policy],
+    episodes: int,
+    seed: int,
+    *,
+    record: bool = False,
+    processes: int | None = None,
+) -> list[EpisodeResults]:
+    """``evaluate`` for several policies, each on its own task (of any suite), their environments in worker processes.
+
+    The policies run in this process, each on the observations [n, S] of up to 16 episodes (dflex: of all), so they need
+    not be sent anywhere; what they compute is up to this process's threads and device. ``processes`` (default: one per
+    core, and one more that works while another waits for its policy) take up to 1 GB of memory each. Results do not
+    depend on their number, and for up to 16 episodes they are those of ``evaluate`` (``joint_q`` apart, which is not
+    recorded). They are spawned: a script needs the usual ``if __name__ == "__main__":``.
+
+    Raises UnknownTask; ValueError as ``evaluate`` does, beginning with the task's name, or for lists of unequal length;
+    RuntimeError where a process was killed.
+    """
+    if len(tasks) != len(policy_fns):
+        raise ValueError(f"each task needs its policy: got {len(tasks)} tasks and {len(policy_fns)} policies")
+    _at_least_one("episodes", episodes)
+    if processes is not None:
+        _at_least_one("processes", processes)
+    rows = [registry.get(task) if isinstance(task, str) else task for task in tasks]
+    groups = [group for number, row in enumerate(rows) for group in _groups(number, row, episodes, seed)]
+    results = _in_workers(groups, policy_fns, record, processes) if groups else []
+    return [joined([r for g, r in zip(groups, results) if g.policy == number]) for number in range(len(rows))]
+
+
+def _in_workers(
+    groups: list[_Group], policy_fns: Sequence[Policy], record: bool, processes: int | None
+) -> list[EpisodeResults]:
+    from pwm_fast.envs.processes import Workers, usable_cores
+
+    count = min(processes or usable_cores() + 1, len(groups))
+    largest = [max(sizes) for sizes in zip(*((g.num_envs, g.task.obs_dim, g.task.action_dim) for g in groups))]
+    waiting = deque(range(len(groups)))
+    results: dict[int, EpisodeResults] = {}
+    with Workers(count, *largest) as workers:
+        busy: dict[int, tuple[int, Counting | None, Any]] = {}  # worker -> its group, its episodes, their last action
+
+        def begin(worker: int) -> None:
+            number = waiting.popleft()
+            workers.begin(worker, groups[number].task, groups[number].num_envs, groups[number].seed)
+            busy[worker] = (number, None, None)
+
+        for worker in range(count):
+            begin(worker)
+        while busy:
+            for worker in workers.ready(list(busy)):
+                number, counting, action = busy.pop(worker)
+                group = groups[number]
+                if counting is None:
+                    counting = Counting(_seen(workers.first_obs(worker), group), record)
+                else:
+                    obs, told = workers.stepped(worker)
+                    counting.step(action, _seen(obs, group), **told)
+                if counting.running.any():
+                    action = _acted(policy_fns[group.policy], counting.obs, group)
+                    workers.act(worker, action)
+                    busy[worker] = (number, counting, action)
+                    continue
+                results[number] = counting.results()
+                if waiting:
+                    begin(worker)
+    return [results[number] for number in range(len(groups))]
+
+
+def _seen(padded: np.ndarray, group: _Group) -> np.ndarray:
+    return padded[: group.num_envs, : group.task.obs_dim].copy()
+
+
+def _acted(policy_fn: Policy, obs: np.ndarray, group: _Group) -> np.ndarray:
+    from pwm_fast.envs.suite_vector import check_actions
+
+    try:
+        return check_actions(policy_fn(obs), (group.num_envs, group.task.action_dim))
+    except ValueError as error:
+        raise ValueError(f"{group.task.name}: {error}") from error

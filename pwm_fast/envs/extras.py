@@ -1,5 +1,6 @@
 """Packages that only some tasks need: imported when such a task is made, with a clear word where they are missing."""
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,9 @@ class MissingExtra(ImportError):
 def import_extra(module: str, extra: str) -> Any:
     """The module. Raises MissingExtra where its package is not installed; other failures of the import stay theirs."""
     try:
-        return import_module(module)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="glfw")  # dm_control looks for a display; few servers have one
+            return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise

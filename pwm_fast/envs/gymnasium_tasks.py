@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, flatdim
-from gymnasium.wrappers import DtypeObservation, FlattenObservation, RescaleAction
+from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformObservation
 
 from pwm_fast.envs.registry import Task, UnknownTask
 from pwm_fast.errors import nearest
@@ -62,5 +62,7 @@ def gymnasium_task(name: str) -> Task:
 
 def make_env(task: Task, render_mode: str | None = None, **options: Any) -> gymnasium.Env:
     """The environment with flat float32 observations and actions in [-1, 1]; `options` go to `gymnasium.make`."""
-    env = _made(task.gym_id, render_mode=render_mode, **options)
-    return DtypeObservation(RescaleAction(FlattenObservation(env), np.float32(-1.0), np.float32(1.0)), np.float32)
+    if render_mode is not None:  # environments that draw nothing need not know the word
+        options["render_mode"] = render_mode
+    env = RescaleAction(FlattenObservation(_made(task.gym_id, **options)), np.float32(-1.0), np.float32(1.0))
+    return TransformObservation(env, np.float32, Box(-np.inf, np.inf, (task.obs_dim,), np.float32))

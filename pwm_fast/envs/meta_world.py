@@ -11,7 +11,7 @@ from pwm_fast.envs.registry import Task
 from pwm_fast.envs.suite_env import SuiteEnv
 
 
-@lru_cache(maxsize=4)  # of some 20 MB each
+@lru_cache(maxsize=2)  # of some 20 MB each
 def _compiled(path: str) -> Any:
     return import_extra("mujoco", "mt80").MjModel.from_xml_path(path)
 
@@ -32,16 +32,17 @@ def _simulator(task: str) -> type:
 
 
 class MetaWorldEnv(SuiteEnv):
-    """A Meta-World task as TD-MPC2 uses it (github.com/nicklashansen/tdmpc2): obs 39 with the goal in it; an episode
-    begins after one step of no action, so that its first observation has a frame before it. `info["success"]` is
-    Meta-World's at this step. `simulator` is Meta-World's environment."""
+    """A Meta-World task as TD-MPC2 uses it (github.com/nicklashansen/tdmpc2): obs 39 with the goal in it; after
+    `reset` the simulator takes one step of no action, which the first observation does not show yet.
+    `info["success"]` is Meta-World's at this step. `simulator` is Meta-World's environment."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012
 
     def __init__(self, task: Task, render_mode: str | None = None):
         super().__init__(task, render_mode)
         simulator = _simulator(f"{task.name.removeprefix('mw-')}-v3")
-        self.simulator: Any = simulator(render_mode=render_mode, camera_name="corner2")
+        self.simulator: Any = simulator(render_mode=render_mode, camera_name="corner2", width=320, height=240)
+        self.simulator.model.cam_pos[self.simulator.model.camera("corner2").id] = (0.75, 0.075, 0.7)  # nearer
         # What Meta-World's own goal-observable classes set: goals are shown, and drawn from the seeded generator.
         self.simulator._partially_observable = False
         del self.simulator.sawyer_observation_space
@@ -49,11 +50,15 @@ class MetaWorldEnv(SuiteEnv):
         self.simulator.seeded_rand_vec = True
         self.simulator._set_task_called = True
 
+    def _picture(self) -> np.ndarray:
+        return self.simulator.render()[::-1, ::-1]  # the camera hangs upside down
+
     def _begin(self, seed: int | None) -> np.ndarray:
         if seed is not None:
             self.simulator.seed(seed)
-        self.simulator.reset()
-        return self.simulator.step(np.zeros(4))[0].astype(np.float32)
+        obs = self.simulator.reset()[0].astype(np.float32)
+        self.simulator.step(np.zeros(4))
+        return obs
 
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, float, dict[str, Any]]:
         total = 0.0

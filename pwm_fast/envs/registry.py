@@ -27,8 +27,8 @@ class Task:
     """A row: entries of an observation and an action, agent steps of an episode, and how often each applies its action.
 
     ``paper_return``: PWM's return on the task (Georgiev et al. 2024; of MT80 where the task is in MT80), where the
-    paper gives one; ``random_return``: mean of uniform actions in our environments (dflex: 256 episodes of seed 0).
-    ``ids``: the task's number in the multi-task sets that it belongs to.
+    paper gives one; ``random_return``: mean of uniform actions in our environments (dflex: 256 episodes, others 16).
+    ``ids``: the task's number in the multi-task sets that it belongs to. ``random_score``: as ``score`` counts.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Task:
     random_return: float | None
     action_repeat: int = 1
     ids: dict[str, int] = field(default_factory=dict, hash=False)
+    random_score: float | None = None
 
     @property
     def gym_id(self) -> str:
@@ -85,8 +86,8 @@ def _multi_task() -> Iterator[Task]:
             name = row["name"]
             ids = {"mt30": number, "mt80": number} if number < 30 else {"mt80": number}
             obs_dim, action_dim, steps = (int(row[key]) for key in ("obs_dim", "action_dim", "episode_length"))
-            random = float(row["random_return"]) if row.get("random_return") else None
-            yield Task(name, row["suite"], name, obs_dim, action_dim, steps, paper[name], random, 2, ids)
+            random = [float(row[key]) if row.get(key) else None for key in ("random_return", "random_score")]
+            yield Task(name, row["suite"], name, obs_dim, action_dim, steps, paper[name], random[0], 2, ids, random[1])
 
 
 TASKS = {

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from pwm_fast.envs.drawing import prepare_drawing
 from pwm_fast.envs.registry import Task
 
 
@@ -12,7 +13,8 @@ class SuiteEnv(gymnasium.Env):
     """One environment: obs [S] float32, action [A] in [-1, 1]; an episode is `task.episode_length` steps, never less.
 
     A step applies the action `task.action_repeat` times and sums the rewards. `reset(seed=)` decides everything that
-    is random until the next seed, whatever ran before. Raises RuntimeError for a step after the last one.
+    is random until the next seed, whatever ran before. Raises RuntimeError for a step after the last one, and for
+    `render_mode="rgb_array"` on a machine that cannot draw.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
@@ -20,6 +22,8 @@ class SuiteEnv(gymnasium.Env):
     def __init__(self, task: Task, render_mode: str | None = None):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        if render_mode is not None:
+            prepare_drawing()
         self.task, self.render_mode = task, render_mode
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (task.action_dim,), np.float32)
@@ -38,6 +42,13 @@ class SuiteEnv(gymnasium.Env):
         self._steps_left -= 1
         obs, reward, info = self._advance(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
         return obs, reward, False, not self._steps_left, info
+
+    def render(self) -> np.ndarray | None:
+        """An RGB picture [height, width, 3] uint8, drawn off screen; None without `render_mode="rgb_array"`."""
+        return None if self.render_mode is None else np.asarray(self._picture())
+
+    def _picture(self) -> np.ndarray:
+        raise NotImplementedError
 
     def _begin(self, seed: int | None) -> np.ndarray:
         """Start an episode; a seed that is not None restarts the random numbers. Returns the observation."""

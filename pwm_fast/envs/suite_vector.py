@@ -14,6 +14,17 @@ def episode_seeds(seed: int, count: int) -> list[int]:
     return np.random.SeedSequence(seed).generate_state(count).tolist()
 
 
+def check_actions(actions: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The actions as float32. Raises ValueError unless they are [N, A] as `shape` says, and finite."""
+    actions = np.asarray(actions, np.float32)
+    if actions.shape != shape:
+        raise ValueError(f"action must have shape {shape}, got {actions.shape}")
+    finite = np.isfinite(actions).all(1)
+    if not finite.all():
+        raise ValueError(f"action must be finite; it is not in environments {np.flatnonzero(~finite).tolist()}")
+    return actions
+
+
 class SuiteVectorEnv(SyncVectorEnv):
     """obs [N, S] float32, actions [N, A] in [-1, 1]; autoreset in the next step; `info["success"]` [N] where the task
     tells it.
@@ -36,7 +47,7 @@ class SuiteVectorEnv(SyncVectorEnv):
             raise ValueError(f"num_envs must be >= 1, got {num_envs}")
         make = partial(task.make, render_mode=render_mode, **options)
         super().__init__([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
-        self.task = task
+        self.task, self._shape = task, (num_envs, task.action_dim)
         self._first_seed: int | None = seed
 
     def reset(
@@ -49,10 +60,4 @@ class SuiteVectorEnv(SyncVectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         """(obs [N, S], reward [N], terminated [N], truncated [N], info)"""
-        actions, shape = np.asarray(actions, np.float32), self.action_space.shape
-        if actions.shape != shape:
-            raise ValueError(f"action must have shape {shape}, got {actions.shape}")
-        finite = np.isfinite(actions).all(1)
-        if not finite.all():
-            raise ValueError(f"action must be finite; it is not in environments {np.flatnonzero(~finite).tolist()}")
-        return super().step(actions)
+        return super().step(check_actions(actions, self._shape))

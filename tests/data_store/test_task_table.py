@@ -1,8 +1,9 @@
 """The 80 tasks of the multi-task data."""
 
+import numpy as np
 import pytest
 
-from pwm_fast.data.task_table import action_dims, padded_dims, select, set_of, tasks
+from pwm_fast.data.task_table import action_dims, action_masks, pad_obs, padded_dims, select, set_of, tasks
 
 
 def test_the_sets_have_their_tasks_in_order():
@@ -35,3 +36,15 @@ def test_tasks_are_chosen_by_name_set_and_suite():
         select(["wlaker-run"], names)
     with pytest.raises(ValueError, match="unknown task 'metaworld'"):
         select(["metaworld"], names[:30])
+
+
+def test_padding_puts_zeros_behind_and_masks_tell_the_real_actions():
+    obs = np.arange(1.0, 11.0, dtype=np.float32).reshape(2, 5)
+    padded = pad_obs(obs, "mt30")
+    assert padded.shape == (2, 24) and padded.dtype == np.float32
+    assert (padded[:, :5] == obs).all() and (padded[:, 5:] == 0).all() and pad_obs(obs).shape == (2, 39)
+    with pytest.raises(ValueError, match="observations of mt30 have at most 24 entries, got 39"):
+        pad_obs(np.zeros(39), "mt30")
+    masks = action_masks()
+    assert masks.shape == (80, 6) and masks.sum(1).tolist() == action_dims(80)
+    assert masks[6].tolist() == [1, 0, 0, 0, 0, 0] and (action_masks("mt30") == masks[:30]).all()
