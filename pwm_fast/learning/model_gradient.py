@@ -89,10 +89,11 @@ class ModelGradient:
             encodings = x
         else:
             inputs = self._joined("observations", [x], e)
-            encodings = self._encoder.begin(inputs.flatten(0, 1)).view(horizon + 1, batch, latent)
+            encodings = self._encoder.begin(inputs.flatten(0, 1), slice(c.obs_dim, None))
+            encodings = encodings.view(horizon + 1, batch, latent)
             self._encoder.forward()
         steps = self._joined("steps", [encodings[:-1], windows.action], e)  # of z, only the first is right so far
-        outputs = self._dynamics.begin(steps.flatten(0, 1)).view(horizon, batch, latent)
+        outputs = self._dynamics.begin(steps.flatten(0, 1), self._learned(e), horizon).view(horizon, batch, latent)
         z = outputs
         if c.residual or z.dtype is not x.dtype:
             z = self._workspace.tensor("z", x, horizon, batch, latent)
@@ -106,6 +107,10 @@ class ModelGradient:
             if h + 1 < horizon:
                 steps[h + 1, :, :latent] = z[h]
         return encodings.to(x.dtype), steps, z
+
+    def _learned(self, e: Tensor | None) -> slice:
+        """The columns of [z, e, a] that something is learned from."""
+        return slice(self.model.config.latent_dim + (0 if e is None else e.shape[1]))
 
     def _joined(self, name: str, parts: list[Tensor], e: Tensor | None) -> Tensor:
         """[first, e, rest] [H, B, .] in the networks' type."""
@@ -140,7 +145,7 @@ class ModelGradient:
         """The rewards' loss; adds its gradients to those at z_0 .. z_{H-1} [H, B, Z] and at the embeddings."""
         c, net = self.model.config, self._reward
         goal = self.model.reward_target(windows.reward)
-        output = net.begin(steps.flatten(0, 1))
+        net.begin(steps.flatten(0, 1), self._learned(de))
         output = net.forward().view(*goal.shape, -1).to(goal.dtype)  # [H, B, bins]
         slope = config.reward_coef * weight
         if c.num_bins == 1:
@@ -182,8 +187,8 @@ class ModelGradient:
 
     def _add_input_gradient(self, net: TrainedNetwork, rows: slice, dz: Tensor, de: Tensor | None) -> None:
         """Adds the gradient at these rows' [z, e] to dz [n, B, Z] and, summed over steps, to de [B, E]."""
-        latent, embedded = dz.shape[-1], 0 if de is None else de.shape[1]
-        d = net.input_gradient(rows, slice(latent + embedded)).view(*dz.shape[:-1], -1)
+        latent = dz.shape[-1]
+        d = net.input_gradient(rows).view(*dz.shape[:-1], -1)
         dz += d[..., :latent]
         if de is not None:
             de += d[..., latent:].sum(0, dtype=de.dtype)
@@ -207,4 +212,4 @@ class ModelGradient:
             self._encoder.backward(rows)
             self._encoder.weight_gradients(rows)
             if de is not None:
-                de += self._encoder.input_gradient(rows, slice(m.config.obs_dim, None))
+                de += self._encoder.input_gradient(rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -71,21 +71,25 @@ class Windows:
 
     @staticmethod
     def of(batch: dict[str, np.ndarray], with_task: bool, device: str | torch.device = "cpu") -> Windows:
-        as_tensor = lambda x: torch.as_tensor(x).to(device)  # noqa: E731
         return Windows(
-            as_tensor(batch["obs"]),
-            as_tensor(batch["action"]),
-            as_tensor(batch["reward"]),
-            as_tensor(batch["terminated"]).float(),
-            as_tensor(batch["task"]).long() if with_task else None,
-            as_tensor(batch["valid"]).float() if "valid" in batch else None,
-        )
+            torch.as_tensor(batch["obs"]),
+            torch.as_tensor(batch["action"]),
+            torch.as_tensor(batch["reward"]),
+            torch.as_tensor(batch["terminated"]).float(),
+            torch.as_tensor(batch["task"]).long() if with_task else None,
+            torch.as_tensor(batch["valid"]).float() if "valid" in batch else None,
+        ).to(device)
+
+    def to(self, device: str | torch.device) -> Windows:
+        """The same on `device`; views of the same memory where they are there already."""
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Windows(**{name: None if value is None else value.to(device) for name, value in parts.items()})
 
 
 class Pretraining:
     """Adam on the clipped `ModelGradient`, with exact resume: state is the model, the optimiser and the step count.
 
-    `batch(step)` returns the windows of a step; it must depend on the step alone.
+    `batch(step)` returns the windows of a step, on any device; it must depend on the step alone.
     """
 
     def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
@@ -111,7 +115,7 @@ class Pretraining:
 
     def step(self) -> dict[str, float]:
         """One gradient step; returns the loss terms and the gradient norm before clipping."""
-        terms, norm = self.gradients(self.batch(self.step_count))
+        terms, norm = self.gradients(self.batch(self.step_count).to(self.model.obs_mean.device))
         if not torch.isfinite(norm):
             raise FloatingPointError(self.broken(norm.item(), self.step_count))
         self.update(norm.new_tensor(self.learning_rate(self.step_count), dtype=torch.float64), norm)

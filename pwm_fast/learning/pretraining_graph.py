@@ -82,16 +82,21 @@ class PretrainingGraph:
     @span("data")
     def _stage(self, batch: Windows) -> None:
         if self._windows is None:
-            device = self._slot.device
             parts: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Windows)}
+            device = self._slot.device
             self._windows = Windows(**{k: None if v is None else v.to(device, copy=True) for k, v in parts.items()})
             return
         for field in fields(Windows):
             place, value = getattr(self._windows, field.name), getattr(batch, field.name)
             if (place is None) != (value is None) or (place is not None and place.shape != value.shape):
                 raise ValueError(f"all batches must have one shape; {field.name} changed")
-            if place is not None:
-                place.copy_(value, non_blocking=value.device.type == "cpu" and value.is_pinned())
+            if place is None:
+                continue
+            if self._cuda and value.device.type == "cpu":
+                # torch keeps page-locked memory of its own until the device has read it: the host need not wait, and
+                # the batch's may be written again
+                value = torch.empty_like(place, device="cpu", pin_memory=True).copy_(value)
+            place.copy_(value, non_blocking=True)
 
     def _step(self) -> None:
         learner, c = self.learner, self.learner.config

@@ -79,7 +79,8 @@ class StoreTraining:
 
         fit_steps(model, windows(TaskWindows(data, 1, SAMPLED, seed, partial=False))(0))
         training = TaskWindows(data, config.horizon, config.batch_size, seed, prefetch=True)
-        self.pretraining = Pretraining(model, config, windows(training))
+        # left on the host: a captured step takes them to the device without waiting
+        self.pretraining = Pretraining(model, config, lambda step: Windows.of(training(step), with_task))
         self._looks: dict[str, list[list[Windows]]] = {}  # by task: whole windows, and any
         for task in data.tasks:
             self._looks[space.names[task]] = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, linear
+from pwm_fast.kernels.gemm import pack
 from pwm_fast.models.workspace import Workspace
 
 EPS = 1e-5
@@ -43,13 +44,21 @@ class TrainedNetwork:
         self._memories: dict[int, list[_Memory]] = {}
         self._workspace = Workspace()
 
-    def begin(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor, columns: slice = EVERY, parts: int = 1) -> Tensor:
         """Start a pass with inputs x [R, in], whose rows may be written until they are needed; returns where the
-        outputs [R, out] will be."""
+        outputs [R, out] will be.
+
+        `columns`: of the inputs, where their gradient is wanted. `parts`: in how many parts the rows will come; for
+        several, weights are brought once into the order in which products read them (where there is one).
+        """
         self._weights = [[p.detach().to(self.dtype)[None] for p in layer.parameters()] for layer in self._layers]
         if len(x) not in self._memories:
             self._memories[len(x)] = [self._memory(x, w) for w in self._weights]
-        self._x, self._rows = x[None], self._memories[len(x)]
+        self._x, self._rows, self._columns = x[None], self._memories[len(x)], columns
+        wanted = [weight[0] for weight, *_ in self._weights]
+        self._onto = [wanted[0][:, columns], *wanted[1:]]  # what input gradients multiply by
+        packs = parts > 1 and self.dtype is self._own
+        self._packed = [(pack(w), pack(w_in.T)) if packs else (None, None) for w, w_in in zip(wanted, self._onto)]
         for layer in self._layers:
             if hasattr(layer, "ln"):  # summed over the parts, while weights are overwritten
                 layer.ln.weight.grad.zero_()
@@ -70,8 +79,11 @@ class TrainedNetwork:
     def forward(self, rows: slice = EVERY) -> Tensor:
         """Outputs of these rows."""
         x = self._x[:, rows]
-        for layer, (weight, bias, *ln), m in zip(self._layers, self._weights, self._rows):
-            linear.forward(x, weight, bias, out=m.pre[:, rows])
+        for layer, (weight, bias, *ln), m, (packed, _) in zip(self._layers, self._weights, self._rows, self._packed):
+            if packed is None:
+                linear.forward(x, weight, bias, out=m.pre[:, rows])
+            else:
+                packed.product(x[0], bias[0], out=m.pre[0, rows])
             if ln:
                 known = m.mean is not None and m.rstd is not None
                 place = (m.y[:, rows], *((m.mean[:, rows], m.rstd[:, rows]) if known else (None, None)))
@@ -88,7 +100,7 @@ class TrainedNetwork:
     def backward(self, rows: slice = EVERY) -> None:
         """From `output_gradient` down to the first layer's `Linear`."""
         for i in reversed(range(len(self._layers))):
-            layer, (weight, _, *ln), m = self._layers[i], self._weights[i], self._rows[i]
+            layer, (_, _, *ln), m = self._layers[i], self._weights[i], self._rows[i]
             d = m.d[:, rows]
             if ln:
                 saved = (m.pre[:, rows], m.mean[:, rows], m.rstd[:, rows], *ln)
@@ -103,12 +115,20 @@ class TrainedNetwork:
                 layer.ln.weight.grad += dgain[0]
                 layer.ln.bias.grad += dshift[0]
             if i:
-                linear.input_grad(d, weight, out=self._rows[i - 1].d[:, rows])
+                self._through(i, rows, self._rows[i - 1].d[:, rows])
 
-    def input_gradient(self, rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
-        """Gradient at these rows and columns of the inputs, after `backward`; the next call may overwrite it."""
-        d, weight = self._rows[0].d[:, rows], self._weights[0][0][:, :, columns]
-        return linear.input_grad(d, weight, out=self._workspace.tensor("dx", d, *d.shape[:2], weight.shape[2]))[0]
+    def input_gradient(self, rows: slice = EVERY) -> Tensor:
+        """Gradient at these rows, and the columns of `begin`, of the inputs, after `backward`; the next call may
+        overwrite it."""
+        d = self._rows[0].d[:, rows]
+        return self._through(0, rows, self._workspace.tensor("dx", d, *d.shape[:2], self._onto[0].shape[1]))[0]
+
+    def _through(self, i: int, rows: slice, out: Tensor) -> Tensor:
+        """The gradient at layer i's inputs of these rows."""
+        d, packed = self._rows[i].d[:, rows], self._packed[i][1]
+        if packed is None:
+            return linear.input_grad(d, self._onto[i][None], out=out)
+        return packed.product(d[0], out=out[0])[None]
 
     def weight_gradients(self, rows: slice = EVERY) -> None:
         """The weights' and biases' gradients from these rows alone, after `backward`."""

@@ -163,6 +163,25 @@ def test_the_whole_step_runs_on_a_device_that_has_no_data(
         assert {p.grad.device.type for p in one.parameters} == {"cuda"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures and replays a CUDA graph: needs a GPU")
+@pytest.mark.parametrize("tasks", [0, 3])
+@pytest.mark.parametrize("latent", LATENTS)
+def test_replays_on_cuda_do_not_wait_and_equal_plain_steps(latent: str, tasks: int) -> None:
+    config = PretrainingConfig(steps=20, batch_size=64, horizon=4)
+    one, other = (Pretraining(model(latent, tasks).cuda(), config, lambda step: batch(step, tasks)) for _ in range(2))
+    graph = PretrainingGraph(one)
+    graph.run(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph.advance(6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(7):
+        other.step()
+    for a, b in zip(one.parameters, other.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("where", ["gradients", "update"])
 def test_the_trace_finds_a_request_to_the_host(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backend.VARIABLE, "torch")
