@@ -9,7 +9,7 @@ namespace pwm_fast {
 
 namespace {
 
-constexpr int64_t kDrawn = 64;  // windows that are drawn, then gathered
+constexpr int64_t kDrawn = 512;  // windows that are drawn, then gathered
 
 int64_t windows_per_piece(const Columns& columns, const BatchShape& shape) {
     const int64_t bytes = (shape.horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4;
@@ -30,6 +30,7 @@ void require_ring(const std::vector<SlotMemory>& ring, int threads) {
 RolloutScheduler::RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads)
     : source_(std::move(source)),
       shape_(shape),
+      gather_(selected_gather()),
       piece_windows_(windows_per_piece(source_.columns, shape)),
       consumed_(shape.capacity),
       planned_(shape.capacity) {
@@ -291,29 +292,40 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
     Found found;
     found.fault.reason = source_.files.shortened();
     if (found.fault) return found;
-    const Columns& from = source_.columns;
-    const int64_t B = shape_.batch, H = shape_.horizon, last = from.rows - H - 1;
-    const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    const int64_t B = shape_.batch, H = shape_.horizon;
     const int64_t end =
         std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
     std::array<int64_t, kDrawn> rows;
-    for (int64_t begin = piece * piece_windows_, stop; begin < end; begin = stop) {
-        const int64_t p = begin / B, b = begin % B;
-        stop = std::min({begin + kDrawn, (p + 1) * B, end});
-        const Policy& policy = slot.rows[p];
-        const Draw& draw = *policy.draw;
-        for (int64_t i = 0; i < stop - begin; ++i) {
-            const Draw::Drawn drawn = draw(random_pair(policy.seed, stream, static_cast<uint64_t>(policy.step),
-                                                       static_cast<uint32_t>(b + i)));
-            rows[i] = std::min(drawn.row, last);  // a partial window must not run over the store's end
-            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, draw, drawn, rows[i]);
+    for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
+        drawn = std::min(begin + kDrawn, end);
+        draw_rows(slot, begin, drawn, rows.data());
+        for (int64_t n = begin, stop; n < drawn; n = stop) {
+            const int64_t p = n / B, *const first = rows.data() + n - begin;
+            stop = std::min((p + 1) * B, drawn);
+            if (gather_(source_.columns, first, stop - n, drawn - n, H, n % B, B, part_of(slot, p))) continue;
+            Found here{p, {first_not_finite(source_.columns, first, stop - n, H), {}}};
+            if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
+            if (here.before(found)) found = std::move(here);
         }
-        if (gather_windows(from, rows.data(), stop - begin, H, b, B, part_of(slot, p))) continue;
-        Found here{p, {first_not_finite(from, rows.data(), stop - begin, H), {}}};
-        if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
-        if (here.before(found)) found = std::move(here);
     }
     return found;
+}
+
+// The first rows of windows begin to end of a batch, policy after policy; of partial ones, also where they are valid.
+void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
+    const int64_t B = shape_.batch, H = shape_.horizon, last = source_.columns.rows - H - 1;
+    const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    for (int64_t n = begin; n < end;) {
+        const int64_t p = n / B;
+        const Policy& policy = slot.rows[p];
+        for (int64_t b = n % B; b < B && n < end; ++b, ++n, ++rows) {
+            const Draw::Drawn drawn = (*policy.draw)(random_pair(
+                policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
+            *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            prefetch_numbers(source_.columns, *rows, H);
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, *policy.draw, drawn, *rows);
+        }
+    }
 }
 
 WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {

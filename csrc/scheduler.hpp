@@ -33,7 +33,7 @@ struct BatchShape {
     int64_t horizon = 0;   // 0: start states, of which only `obs` is written
     bool partial = false;  // windows may run over their episode's end; `valid` then says how far they count
     // What a worker takes at a time: claiming it must cost nothing beside filling it, and threads must share a batch.
-    int64_t piece_bytes = 1 << 18;
+    int64_t piece_bytes = 1 << 20;
 };
 
 // One slot of the ring. Policy p's part of a column follows that of p - 1: obs [P, H+1, B, S], action [P, H, B, A], ...
@@ -112,6 +112,7 @@ private:
     void work();
     Slot* unclaimed();
     Found fill(const Slot& slot, int64_t piece) const;
+    void draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const;
     WindowBatch part_of(const Slot& slot, int64_t policy) const;
     void mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const;
     void check(const Policy& policy) const;
@@ -126,6 +127,7 @@ private:
 
     const Source source_;
     const BatchShape shape_;
+    const Gather gather_;
     const int64_t piece_windows_;
 
     std::mutex control_;  // one admission, retirement, resize or close at a time; taken before mutex_
