@@ -3,9 +3,9 @@
     pytest bench/test_scheduler.py -s                         # a store of 0.1 GB, in the page cache
     PWM_FAST_BENCH_LARGE=/path pytest bench/test_scheduler.py -s   # and 4 GB, dropped from it (written to that folder)
 
-Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing and do not look for NaN; the
-scheduler draws and looks. CPU seconds of all threads, everything in turn, the fastest of each, so other work on the
-machine disturbs the ratios little; cold reads are timed by the clock, because they wait.
+Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing, "torch drawing" finds them with
+torch; none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads.
+Everything in turn, the fastest of each; cold reads are timed by the clock, because they wait.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ pytestmark = [
 OBS, ACTION, LENGTH = 76, 21, 1000
 ROW_BYTES = 4 * (OBS + ACTION + 1 + 1) + 1
 LARGE = "PWM_FAST_BENCH_LARGE"
+DRAWN = 64  # steps whose rows are given to numpy and torch: with few, they would come from the cache
 SHAPES = [  # policies, windows of each, horizon (None: start states)
     pytest.param(1, 256, 16, id="windows-1x256"),
     pytest.param(8, 64, 16, id="windows-8x64"),
@@ -78,7 +79,10 @@ class Case:
         self.scheduler = RolloutScheduler(store, batch, horizon, policies, threads=threads, backend="native")
         for policy in range(policies):
             self.scheduler.admit(policy, seed=policy)
-        self.drawn = [self.rows(step) for step in range(8)]
+        self.drawn = [self.rows(step) for step in range(DRAWN)]
+        draw = self.sampler.window_draw if horizon else self.sampler.start_draw
+        self.cumulative, self.first_row = torch.from_numpy(draw.cumulative), torch.from_numpy(draw.first_row)
+        self.policies, self.total = policies, draw.total
         self.bytes = sum(x[0].nbytes for x in self.scheduler.ring.values())
         self.windows = policies * batch
 
@@ -93,13 +97,22 @@ class Case:
         return {"numpy": parts, "torch": {name: torch.from_numpy(part) for name, part in parts.items()}, "first": first}
 
     def numpy(self, step: int) -> dict[str, np.ndarray]:
-        drawn = self.drawn[step % 8]
+        drawn = self.drawn[step % DRAWN]
         out = {name: column[drawn["numpy"][name]] for name, column in self.columns.items()}
         return out | ({"task": self.store.task[drawn["first"]]} if self.horizon else {})
 
     def torch(self, step: int) -> dict[str, torch.Tensor]:
-        index = self.drawn[step % 8]["torch"]
+        index = self.drawn[step % DRAWN]["torch"]
         return {name: column[index[name]] for name, column in self.tensors.items()}
+
+    def torch_drawing(self, step: int) -> dict[str, torch.Tensor]:
+        drawn = torch.randint(self.total, (self.policies, 1, self.batch))
+        episode = torch.searchsorted(self.cumulative, drawn, right=True) - 1
+        rows = self.first_row[episode] + drawn - self.cumulative[episode]
+        index = rows + torch.arange((self.horizon or 0) + 1)[:, None]  # [P, H+1, B]
+        return {
+            name: column[index if name == "obs" else index[:, : self.horizon]] for name, column in self.tensors.items()
+        }
 
     def native(self, step: int) -> None:
         next(self.scheduler).release()
@@ -132,26 +145,28 @@ def copying(case: Case) -> Callable[[int], None]:
 def fastest(case: Case, rounds: int = 40) -> dict[str, float]:
     """CPU seconds of one batch by each way, in turn. Rounds of 3 ms: in longer ones others have used the caches.
 
-    A round of the scheduler begins and ends with a full ring, so that it pays for as many batches as it takes.
+    A round of the scheduler begins and ends with workers at rest, so that it pays for as many batches as it takes.
     """
-    calls = {"native": case.native, "numpy": case.numpy, "torch": case.torch, "copy": copying(case)}
+    calls = {"native": case.native, "numpy": case.numpy, "torch": case.torch, "torch drawing": case.torch_drawing}
+    calls["copy"] = copying(case)
     best, step = dict.fromkeys(calls, float("inf")), 0
     repeats = max(4, int(3e-3 * 8e9 / case.bytes))
     for _ in range(rounds):
         for name, call in calls.items():
-            full(case)
+            rest(case)
             start = time.process_time()
             for _ in range(repeats):
                 call(step)
                 step += 1
-            full(case)
+            rest(case)
             best[name] = min(best[name], (time.process_time() - start) / repeats)
     return best
 
 
-def full(case: Case) -> None:
-    while case.scheduler.ready <= case.scheduler.prefetch:
-        time.sleep(1e-3)
+def rest(case: Case) -> None:
+    before = -1
+    while before != (before := case.scheduler.ready):
+        time.sleep(2e-3)
 
 
 def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> None:
@@ -160,7 +175,8 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
     print(
         f"\n  {title:34s} {case.windows / native:10.3g} windows/s {case.bytes / native / 1e9:6.2f} GB/s"
         f"   numpy / native {best['numpy'] / native:5.2f}   torch / native {best['torch'] / native:5.2f}"
-        f"   copy / native {best['copy'] / native:5.2f} (copy {case.bytes / best['copy'] / 1e9:.2f} GB/s)"
+        + (f" (drawing {best['torch drawing'] / native:5.2f})" if "torch drawing" in best else "")
+        + f"   copy / native {best['copy'] / native:5.2f} (copy {case.bytes / best['copy'] / 1e9:.2f} GB/s)"
     )
 
 
@@ -220,7 +236,7 @@ def test_cold(benchmark: Any, threads: int) -> None:
     case, best, steps = Case(store, 1, 256, 16, threads), {}, 4
     with case.scheduler:
         case.check()
-        case.drawn = [case.rows(1000 + step) for step in range(8)]
+        case.drawn = [case.rows(1000 + step) for step in range(DRAWN)]
         source = np.asarray(store.obs).reshape(-1).view(np.uint8)[: steps * case.bytes]
         for round_ in range(3):
             calls: dict[str, Callable[[int], Any]] = {

@@ -30,12 +30,17 @@ inline RandomPair random_pair(uint64_t seed, uint32_t stream, uint64_t step, uin
     return {words[0] | (uint64_t{words[1]} << 32), words[2] | (uint64_t{words[3]} << 32)};
 }
 
-// A number in [0, limit): the high half of the 128-bit product. Its bias is below limit / 2^64. Written in 32-bit
-// halves because this is also the numpy definition, and MSVC has no 128-bit integer.
+// A number in [0, limit): the high half of the 128-bit product. Its bias is below limit / 2^64. In 32-bit halves, as in
+// the numpy definition, where there is no 128-bit integer.
 inline uint64_t scale_to(uint64_t bits, uint64_t limit) {
+#if defined(__SIZEOF_INT128__)
+    __extension__ typedef unsigned __int128 Product;
+    return static_cast<uint64_t>(static_cast<Product>(bits) * limit >> 64);
+#else
     const uint64_t a0 = bits & 0xFFFFFFFFu, a1 = bits >> 32, b0 = limit & 0xFFFFFFFFu, b1 = limit >> 32;
     const uint64_t low = a0 * b0, mid0 = a1 * b0 + (low >> 32), mid1 = a0 * b1 + (mid0 & 0xFFFFFFFFu);
     return a1 * b1 + (mid0 >> 32) + (mid1 >> 32);
+#endif
 }
 
 }  // namespace pwm_fast

@@ -90,6 +90,20 @@ void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const pwm_fast::Dr
         out[i] = draw(pwm_fast::random_pair(seed, stream, step, static_cast<uint32_t>(i))).row;
 }
 
+// Windows begin to end of B.
+bool gather(const pwm_fast::Columns& from, const int64_t* rows, int64_t begin, int64_t end, int64_t horizon, int64_t B,
+            const pwm_fast::WindowBatch& to) {
+    constexpr int64_t kAtOnce = 256;
+    const pwm_fast::Gather some = pwm_fast::selected_gather();
+    bool finite = true;
+    for (int64_t stop; begin < end; begin = stop) {
+        stop = std::min(begin + kAtOnce, end);
+        for (int64_t i = begin; i < stop; ++i) pwm_fast::prefetch_numbers(from, rows[i], horizon);
+        finite = some(from, rows + begin, stop - begin, end - begin, horizon, begin, B, to) && finite;
+    }
+    return finite;
+}
+
 // out_obs [H+1, B, S], out_action [H, B, A], out_reward [H, B], out_terminated [H, B], out_task [B].
 // Returns the first row that holds a value that is not finite, or -1.
 int64_t gather_windows(const Column<float>& obs, const Column<float>& action, const Column<float>& reward,
@@ -122,7 +136,7 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * (H + 1) * (S + A) * 4, [&](int64_t begin, int64_t end) {
-        if (!pwm_fast::gather_windows(from, first + begin, end - begin, H, begin, B, to))
+        if (!gather(from, first, begin, end, H, B, to))
             lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, H));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();
@@ -145,7 +159,7 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     py::gil_scoped_release release;
     std::atomic<int64_t> bad_row{kNone};
     parallel_for(B, threads, B * S * 4, [&](int64_t begin, int64_t end) {
-        if (!pwm_fast::gather_windows(from, first + begin, end - begin, 0, begin, B, to))
+        if (!gather(from, first, begin, end, 0, B, to))
             lower_to(bad_row, pwm_fast::first_not_finite(from, first + begin, end - begin, 0));
     });
     return bad_row.load() == kNone ? -1 : bad_row.load();

@@ -39,6 +39,14 @@ public:
             require(group_[g] >= 0 && group_[g] < group_[g + 1] && group_[g + 1] <= E &&
                         offsets_[group_[g]] < offsets_[group_[g + 1]],
                     "each group of a draw must count at least one window");
+        while ((offsets_.back() >> shift_) >= 4 * E) ++shift_;
+        const int64_t buckets = (offsets_.back() >> shift_) + 1;
+        int64_t episode = 0;
+        for (int64_t bucket = 0; bucket <= buckets; ++bucket) {
+            const int64_t drawn = std::min(bucket << shift_, offsets_.back() - 1);
+            while (offsets_[episode + 1] <= drawn) ++episode;
+            table_.push_back(episode);
+        }
     }
 
     int64_t episodes() const { return static_cast<int64_t>(first_row_.size()); }
@@ -49,8 +57,9 @@ public:
         const auto g = std::upper_bound(threshold_.begin(), threshold_.end(), bits.second) - threshold_.begin();
         const int64_t begin = offsets_[group_[g]], end = offsets_[group_[g + 1]];
         const int64_t drawn = begin + static_cast<int64_t>(scale_to(bits.first, static_cast<uint64_t>(end - begin)));
-        int64_t episode = group_[g];
-        for (int64_t left = group_[g + 1] - episode; left > 1;) {  // the last with offsets[episode] <= drawn
+        const int64_t* const near = &table_[drawn >> shift_];
+        int64_t episode = near[0];
+        for (int64_t left = near[1] - near[0] + 1; left > 1;) {  // the last with offsets[episode] <= drawn
             const int64_t half = left / 2;
             episode += half & -static_cast<int64_t>(offsets_[episode + half] <= drawn);  // a branch would be a guess
             left -= half;
@@ -65,6 +74,10 @@ private:
 
     std::vector<int64_t> offsets_, first_row_, group_;
     std::vector<uint64_t> threshold_;
+    // The episode of every 2^shift_-th draw. Between neighbours there is one episode or none more in most places, so a
+    // search costs the same in stores of a hundred episodes and of a million.
+    std::vector<int64_t> table_;
+    int shift_ = 0;
 };
 
 }  // namespace pwm_fast

@@ -9,11 +9,12 @@ namespace pwm_fast {
 
 namespace {
 
-constexpr int64_t kDrawn = 64;  // windows that are drawn, then gathered
+constexpr int64_t kDrawn = 512;  // windows that are drawn, then gathered
 
-int64_t windows_per_piece(const Columns& columns, const BatchShape& shape) {
-    const int64_t bytes = (shape.horizon + 1) * (columns.obs_dim + columns.action_dim + 2) * 4;
-    return std::max<int64_t>(1, shape.piece_bytes / bytes);
+constexpr int64_t kWorthWaking = 1 << 18;  // bytes; filling as many takes ten times as long as waking
+
+int64_t bytes_per_window(const Columns& columns, int64_t horizon) {
+    return columns.obs_dim * (horizon + 1) * 4 + (columns.action_dim + 2) * horizon * 4;
 }
 
 void require(bool condition, const std::string& message) {
@@ -30,7 +31,10 @@ void require_ring(const std::vector<SlotMemory>& ring, int threads) {
 RolloutScheduler::RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads)
     : source_(std::move(source)),
       shape_(shape),
-      piece_windows_(windows_per_piece(source_.columns, shape)),
+      gather_(selected_gather()),
+      window_bytes_(bytes_per_window(source_.columns, shape.horizon)),
+      small_(shape.capacity * shape.batch * window_bytes_ < kWorthWaking),
+      piece_windows_(std::max<int64_t>(1, shape.piece_bytes / std::max<int64_t>(1, window_bytes_))),
       consumed_(shape.capacity),
       planned_(shape.capacity) {
     require(shape.capacity >= 1, "capacity must be >= 1, got " + std::to_string(shape.capacity));
@@ -114,8 +118,15 @@ void RolloutScheduler::plan() {
         assign(slot, std::move(rows));
         pending_.push_back(static_cast<int64_t>(i));
     }
-    work_.notify_all();
+    if (worth_waking()) work_.notify_all();
     ready_.notify_all();
+}
+
+// To wake a worker for every small batch would cost more than to fill it: half of the ring is filled at a time.
+bool RolloutScheduler::worth_waking() const {
+    const auto waiting = std::count_if(pending_.begin(), pending_.end(),
+                                       [&](int64_t index) { return slots_[index].next < slots_[index].pieces; });
+    return !small_ || 2 * waiting >= static_cast<int64_t>(slots_.size());
 }
 
 void RolloutScheduler::assign(Slot& slot, std::vector<Policy> rows) {
@@ -136,7 +147,13 @@ Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
     const auto answerable = [&] { return closed_ || pending_.empty() || complete(); };
     if (!answerable()) {
         const auto begin = std::chrono::steady_clock::now();
-        ready_.wait_for(lock, patience, answerable);
+        while (!answerable() && std::chrono::steady_clock::now() - begin < patience) {
+            if (Slot* const slot = for_consumer()) {
+                fill_next(*slot, lock);
+            } else {
+                ready_.wait_until(lock, begin + patience, [&] { return answerable() || for_consumer() != nullptr; });
+            }
+        }
         waited_ += std::chrono::steady_clock::now() - begin;
     }
     Acquired result;
@@ -238,6 +255,10 @@ void RolloutScheduler::require_open() const {
 
 // Fewer threads than asked for are no reason to stop; none is.
 void RolloutScheduler::start_workers(int threads) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = false;
+    }
     workers_.reserve(threads);
     try {
         while (static_cast<int>(workers_.size()) < threads) workers_.emplace_back([this] { work(); });
@@ -254,8 +275,8 @@ void RolloutScheduler::stop_workers() {
     work_.notify_all();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
-    std::lock_guard<std::mutex> lock(mutex_);
-    stop_ = false;
+    std::unique_lock<std::mutex> lock(mutex_);
+    idle_.wait(lock, [&] { return working_ == 0; });
 }
 
 // The earliest batch with a piece that nobody has taken.
@@ -265,25 +286,37 @@ RolloutScheduler::Slot* RolloutScheduler::unclaimed() {
     return nullptr;
 }
 
+// What a consumer does in place of waiting: a piece of its own batch, or, as it takes no longer than to sleep and wake
+// again, a small later batch.
+RolloutScheduler::Slot* RolloutScheduler::for_consumer() {
+    Slot* const slot = paused_ || stop_ ? nullptr : unclaimed();
+    return slot != nullptr && (small_ || slot == &slots_[pending_.front()]) ? slot : nullptr;
+}
+
+// Fills the next piece of a batch; the lock is held before and after, not meanwhile.
+void RolloutScheduler::fill_next(Slot& slot, std::unique_lock<std::mutex>& lock) {
+    const int64_t piece = slot.next++;
+    ++working_;
+    lock.unlock();
+    Found found;
+    try {
+        found = fill(slot, piece);
+    } catch (const std::exception& error) {
+        found.fault.reason = error.what();
+    }
+    lock.lock();
+    if (found.fault && found.before(slot.found)) slot.found = std::move(found);
+    if (++slot.done == slot.pieces) ready_.notify_all();
+    if (--working_ == 0) idle_.notify_all();
+}
+
 void RolloutScheduler::work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
         Slot* slot = nullptr;
         work_.wait(lock, [&] { return stop_ || (!paused_ && (slot = unclaimed()) != nullptr); });
         if (stop_) return;
-        const int64_t piece = slot->next++;
-        ++working_;
-        lock.unlock();
-        Found found;
-        try {
-            found = fill(*slot, piece);
-        } catch (const std::exception& error) {
-            found.fault.reason = error.what();
-        }
-        lock.lock();
-        if (found.fault && found.before(slot->found)) slot->found = std::move(found);
-        if (++slot->done == slot->pieces) ready_.notify_all();
-        if (--working_ == 0 && paused_) idle_.notify_all();
+        fill_next(*slot, lock);
     }
 }
 
@@ -291,29 +324,40 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
     Found found;
     found.fault.reason = source_.files.shortened();
     if (found.fault) return found;
-    const Columns& from = source_.columns;
-    const int64_t B = shape_.batch, H = shape_.horizon, last = from.rows - H - 1;
-    const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    const int64_t B = shape_.batch, H = shape_.horizon;
     const int64_t end =
         std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
     std::array<int64_t, kDrawn> rows;
-    for (int64_t begin = piece * piece_windows_, stop; begin < end; begin = stop) {
-        const int64_t p = begin / B, b = begin % B;
-        stop = std::min({begin + kDrawn, (p + 1) * B, end});
-        const Policy& policy = slot.rows[p];
-        const Draw& draw = *policy.draw;
-        for (int64_t i = 0; i < stop - begin; ++i) {
-            const Draw::Drawn drawn = draw(random_pair(policy.seed, stream, static_cast<uint64_t>(policy.step),
-                                                       static_cast<uint32_t>(b + i)));
-            rows[i] = std::min(drawn.row, last);  // a partial window must not run over the store's end
-            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, draw, drawn, rows[i]);
+    for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
+        drawn = std::min(begin + kDrawn, end);
+        draw_rows(slot, begin, drawn, rows.data());
+        for (int64_t n = begin, stop; n < drawn; n = stop) {
+            const int64_t p = n / B, *const first = rows.data() + n - begin;
+            stop = std::min((p + 1) * B, drawn);
+            if (gather_(source_.columns, first, stop - n, drawn - n, H, n % B, B, part_of(slot, p))) continue;
+            Found here{p, {first_not_finite(source_.columns, first, stop - n, H), {}}};
+            if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
+            if (here.before(found)) found = std::move(here);
         }
-        if (gather_windows(from, rows.data(), stop - begin, H, b, B, part_of(slot, p))) continue;
-        Found here{p, {first_not_finite(from, rows.data(), stop - begin, H), {}}};
-        if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
-        if (here.before(found)) found = std::move(here);
     }
     return found;
+}
+
+// The first rows of windows begin to end of a batch, policy after policy; of partial ones, also where they are valid.
+void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
+    const int64_t B = shape_.batch, H = shape_.horizon, last = source_.columns.rows - H - 1;
+    const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    for (int64_t n = begin; n < end;) {
+        const int64_t p = n / B;
+        const Policy& policy = slot.rows[p];
+        for (int64_t b = n % B; b < B && n < end; ++b, ++n, ++rows) {
+            const Draw::Drawn drawn = (*policy.draw)(random_pair(
+                policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
+            *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            prefetch_numbers(source_.columns, *rows, H);
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, *policy.draw, drawn, *rows);
+        }
+    }
 }
 
 WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {

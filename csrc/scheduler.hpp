@@ -33,7 +33,7 @@ struct BatchShape {
     int64_t horizon = 0;   // 0: start states, of which only `obs` is written
     bool partial = false;  // windows may run over their episode's end; `valid` then says how far they count
     // What a worker takes at a time: claiming it must cost nothing beside filling it, and threads must share a batch.
-    int64_t piece_bytes = 1 << 18;
+    int64_t piece_bytes = 1 << 20;
 };
 
 // One slot of the ring. Policy p's part of a column follows that of p - 1: obs [P, H+1, B, S], action [P, H, B, A], ...
@@ -76,8 +76,9 @@ public:
     // The policies that have steps left, in the order of their admission, each with the step it comes to next.
     std::vector<Policy> policies();
 
-    // The next batch, if it is there within `patience`. After kFault the same batch is tried again; kFinished means
-    // that no policy has steps left, kAllHeld that every slot is held by the consumer.
+    // The next batch, if it is there within `patience`; meanwhile the consumer fills pieces that no worker has begun.
+    // After kFault the same batch is tried again; kFinished means that no policy has steps left, kAllHeld that every slot
+    // is held by the consumer.
     Acquired acquire(std::chrono::nanoseconds patience);
     void release(int64_t slot);
 
@@ -111,12 +112,16 @@ private:
 
     void work();
     Slot* unclaimed();
+    Slot* for_consumer();
+    void fill_next(Slot& slot, std::unique_lock<std::mutex>& lock);
     Found fill(const Slot& slot, int64_t piece) const;
+    void draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const;
     WindowBatch part_of(const Slot& slot, int64_t policy) const;
     void mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const;
     void check(const Policy& policy) const;
     void change(const std::function<void(Roster&)>& edit);
     void plan();
+    bool worth_waking() const;
     void assign(Slot& slot, std::vector<Policy> rows);
     void restart(Slot& slot);
     int64_t held() const;
@@ -126,6 +131,9 @@ private:
 
     const Source source_;
     const BatchShape shape_;
+    const Gather gather_;
+    const int64_t window_bytes_;
+    const bool small_;  // a batch takes about as long as to wake a thread
     const int64_t piece_windows_;
 
     std::mutex control_;  // one admission, retirement, resize or close at a time; taken before mutex_
@@ -136,8 +144,8 @@ private:
     std::vector<Slot> slots_;
     std::deque<int64_t> pending_;  // slots of batches that were not acquired, in their order
     Roster consumed_, planned_;    // after the last acquired batch, after the last of pending_
-    int64_t working_ = 0;          // pieces being filled
-    bool paused_ = false, stop_ = false, closed_ = false;
+    int64_t working_ = 0;          // pieces being filled, by workers or consumers
+    bool paused_ = false, stop_ = true, closed_ = false;  // stop_: there are no workers and nothing is filled
     std::chrono::nanoseconds waited_{0};
 };
 

@@ -28,13 +28,13 @@ class PrefetchingSampler(WindowSampler):
         threads: int = 1,
         backend: str | None = None,
         partial: bool = False,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         *,
         tasks: Tasks | None = None,
         balanced: bool = False,
     ) -> None:
         super().__init__(store, horizon, episodes, seed, threads, backend, partial, tasks=tasks, balanced=balanced)
-        if prefetch < 1:
+        if prefetch is not None and prefetch < 1:
             raise ValueError(f"prefetch must be >= 1, got {prefetch}")
         chosen = {"episodes": episodes, "tasks": tasks, "balanced": balanced}
         self._windows_ahead = _Ahead(self, chosen, horizon, partial, prefetch)
@@ -65,7 +65,7 @@ class _Ahead:
         chosen: dict[str, Any],
         horizon: int | None,
         partial: bool,
-        prefetch: int,
+        prefetch: int | None,
     ) -> None:
         self._store, self._seed, self._threads = sampler.store, sampler.seed, sampler.threads
         self._chosen, self._horizon, self._partial, self._prefetch = chosen, horizon, partial, prefetch

@@ -107,7 +107,8 @@ class RolloutScheduler:
 
     `horizon` None gives start states, else windows of that many transitions (`partial` as in `WindowSampler`).
     Policies share batches in the order of their admission: the first `capacity` that have steps left, packed into the
-    first rows; the others wait. Native workers keep `prefetch` batches ready beside the one in use. Without the native
+    first rows; the others wait. Native workers keep `prefetch` batches ready beside the one in use (None: 2, more of
+    small ones); of batches below 256 kB they make half of the ring at a time. Without the native
     module (or with `backend="torch"`) the same batches are gathered when they are asked for.
 
     `admit`, `retire` and `seek` count from the next batch on. The iteration ends when no policy has steps left, and
@@ -125,13 +126,13 @@ class RolloutScheduler:
         batch: int,
         horizon: int | None = None,
         capacity: int = 1,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         threads: int = 1,
         partial: bool = False,
         backend: str | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("capacity", capacity), ("prefetch", prefetch), ("threads", threads)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if partial and horizon is None:
             raise ValueError("partial windows need a horizon, got None")
@@ -147,7 +148,7 @@ class RolloutScheduler:
             for name in (COLUMNS if horizon is not None else ("obs",))
             if name != "episode_start"  # read when the store was opened
         ]
-        self._ring = self._allocate(prefetch)
+        self._ring = self._allocate(self._usual_prefetch() if prefetch is None else prefetch)
         self._engine: Any
         self._native = backends.native if backend == "native" else None
         if self._native is not None:
@@ -160,6 +161,11 @@ class RolloutScheduler:
         else:
             self._engine = PlainScheduler(self.capacity, self.batch, horizon, files, _arrays(self._ring))
         _open.add(self)
+
+    def _usual_prefetch(self) -> int:
+        """Two, or of small batches as many as fit a core's cache: workers are woken once for many of them."""
+        row = (self.store.obs_dim + (self.store.action_dim if self.horizon else 0)) * 4
+        return max(2, min(32, 2**18 // (self.capacity * self.batch * ((self.horizon or 0) + 1) * row)))
 
     def _allocate(self, prefetch: int) -> dict[str, Tensor]:
         """Columns [slots, P, ...]; those of start states keep their horizon's axis, of length 1."""
@@ -305,6 +311,8 @@ class RolloutScheduler:
 
     def _settle(self, wait: bool) -> None:
         """Releases the slots whose copies to the device have ended; with `wait`, all."""
+        if not self._copying:
+            return
         still = []
         for copied, slot in self._copying:
             if wait:

@@ -204,7 +204,7 @@ def test_resizing_changes_nothing_but_the_ring(store, backend):
         taken = drain(scheduler, 2)
         with next(scheduler) as batch, pytest.raises(ValueError, match="1 batches are in use; release them"):
             scheduler.resize(prefetch=1)
-        assert batch.steps == (2,) and scheduler.prefetch == 2
+        assert batch.steps == (2,) and scheduler.prefetch == 32  # small batches, many of them
         scheduler.resize(prefetch=5, threads=3)
         taken += drain(scheduler, 4)
         assert (scheduler.prefetch, scheduler.threads) == (5, 3)

@@ -1,0 +1,119 @@
+// Copies windows out of the columns. Included by one source file per instruction set, each compiled for it; everything
+// has internal linkage and no standard library template is instantiated, so that no AVX code gets into portable callers.
+#pragma once
+
+#include <cstdint>
+
+#include "sampling.hpp"
+
+namespace {
+
+#define PWM_FAST_INLINE inline __attribute__((always_inline))
+
+constexpr int64_t kLanes = PWM_FAST_LANES;
+constexpr uint32_t kExponent = 0x7F800000u, kLowestOfIt = 0x00800000u;
+
+template <int N>
+struct Of {
+    typedef uint32_t Bits __attribute__((vector_size(4 * N)));
+    typedef uint32_t Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
+};
+
+// Copies floats and notices what is infinite or NaN: their exponents are all ones, and then the sign bit of the sum
+// below is set. One pass, because the rows come from memory.
+class FiniteCopy {
+public:
+    PWM_FAST_INLINE void operator()(float* to, const float* from, int64_t count) {
+        if (count >= kLanes) return in_vectors<kLanes>(to, from, count, wide_);
+        if (count >= 4) return in_vectors<4>(to, from, count, narrow_);
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t bits;
+            __builtin_memcpy(&bits, from + i, sizeof bits);
+            single_ |= (bits & kExponent) + kLowestOfIt;
+            __builtin_memcpy(to + i, &bits, sizeof bits);
+        }
+    }
+
+    bool finite() const {
+        uint32_t seen = single_;
+        for (int i = 0; i < kLanes; ++i) seen |= wide_[i];
+        for (int i = 0; i < 4; ++i) seen |= narrow_[i];
+        return (seen >> 31) == 0;
+    }
+
+private:
+    template <int N>
+    PWM_FAST_INLINE static void in_vectors(float* to, const float* from, int64_t count, typename Of<N>::Bits& seen) {
+        for (int64_t i = 0;; i += N) {
+            if (i + N > count) i = count - N;  // some of them twice, which is quicker than one by one
+            const typename Of<N>::Bits bits = *reinterpret_cast<const typename Of<N>::Loose*>(from + i);
+            *reinterpret_cast<typename Of<N>::Loose*>(to + i) = bits;
+            seen |= (bits & kExponent) + kLowestOfIt;
+            if (i + N == count) return;
+        }
+    }
+
+    Of<kLanes>::Bits wide_{};
+    Of<4>::Bits narrow_{};
+    uint32_t single_ = 0;
+};
+
+// How many windows go side by side. Random rows of a large store are in no cache, and a core that waits for each in
+// turn reaches a third of the speed of a copy: while a row is copied, the same row of the window so far behind it is on
+// its way. With more of them the processor's own prefetching loses track (bench/test_scheduler.py).
+constexpr int64_t kSideBySide = 8;
+
+// One column of `length` rows of each window, `width` numbers each, to [length, B, width].
+PWM_FAST_INLINE void gather_column(const float* from, int64_t width, int64_t length, const int64_t* rows, int64_t count,
+                                   int64_t known, int64_t B, float* to, FiniteCopy& copy) {
+    for (int64_t begin = 0; begin < count; begin += kSideBySide) {
+        const int64_t end = begin + kSideBySide < count ? begin + kSideBySide : count;
+        for (int64_t h = 0; h < length; ++h) {
+            for (int64_t i = begin; i < end; ++i) {
+                if (i + kSideBySide < known) {
+                    const float* const later = from + (rows[i + kSideBySide] + h) * width;
+                    for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(later + j);
+                }
+                copy(to + (h * B + i) * width, from + (rows[i] + h) * width, width);
+            }
+        }
+    }
+}
+
+// The columns of one number a row. Eight windows' numbers are put together first: single stores, each to a line of its
+// own, would take as long as a fifth of the observations.
+PWM_FAST_INLINE void gather_numbers(const pwm_fast::Columns& from, const int64_t* rows, int64_t count, int64_t horizon,
+                                    int64_t b, int64_t B, const pwm_fast::WindowBatch& to, FiniteCopy& copy) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        for (int64_t h = 0; h < horizon; ++h) {
+            float rewards[8];
+            uint8_t ends[8];
+            for (int64_t w = 0; w < 8; ++w) rewards[w] = from.reward[rows[i + w] + h];
+            for (int64_t w = 0; w < 8; ++w) ends[w] = from.terminated[rows[i + w] + h];
+            copy(to.reward + h * B + b + i, rewards, 8);
+            __builtin_memcpy(to.terminated + h * B + b + i, ends, 8);
+        }
+    }
+    for (; i < count; ++i) {
+        for (int64_t h = 0; h < horizon; ++h) {
+            copy(to.reward + h * B + b + i, from.reward + rows[i] + h, 1);
+            to.terminated[h * B + b + i] = from.terminated[rows[i] + h];
+        }
+    }
+    for (i = 0; i < count; ++i) to.task[b + i] = from.task[rows[i]];
+}
+
+bool gather_windows(const pwm_fast::Columns& from, const int64_t* rows, int64_t count, int64_t known, int64_t horizon,
+                    int64_t b, int64_t B, const pwm_fast::WindowBatch& to) {
+    FiniteCopy copy;
+    const int64_t S = from.obs_dim, A = from.action_dim;
+    gather_column(from.obs, S, horizon + 1, rows, count, known, B, to.obs + b * S, copy);
+    if (horizon > 0) {
+        gather_column(from.action, A, horizon, rows, count, known, B, to.action + b * A, copy);
+        gather_numbers(from, rows, count, horizon, b, B, to, copy);
+    }
+    return copy.finite();
+}
+
+}  // namespace
