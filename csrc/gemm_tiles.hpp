@@ -19,6 +19,7 @@ constexpr int64_t kTileRows = 6;         // 12 accumulators, 2 columns of B and 
 constexpr int64_t kPanel = 2 * kLanes;   // columns of B packed side by side
 constexpr int64_t kLongest = 264;        // along k: B's panel and A's tile take 23 of 32 KB with AVX2
 constexpr int64_t kBlockRows = 43 * 6;   // A's block then takes 272 of 512 KB
+constexpr int64_t kLine = 16;            // floats of a cache line
 constexpr int64_t kSlack = 16;           // floats that whole vectors may touch beyond the last packed ones
 
 PWM_FAST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -190,23 +191,10 @@ void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums,
     }
 }
 
-// Asks for part `piece` of `of` of a matrix [rows, columns], row-major, that will be read soon: what it takes to come from
-// the third-level cache is a tenth of a product otherwise.
-PWM_FAST_INLINE void fetch(const float* from, int64_t row, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
-    constexpr int64_t kLine = 16;
-    const int64_t lines = (columns + kLine - 1) / kLine;
-    const int64_t begin = rows * lines * piece / of, end = rows * lines * (piece + 1) / of;
-    int64_t i = begin / lines, j = begin % lines;
-    for (int64_t line = begin; line < end; ++line) {
-        __builtin_prefetch(from + i * row + j * kLine, 0, 2);
-        if (++j == lines) ++i, j = 0;
-    }
-}
-
-// The same for rows and columns of a matrix that lies either way.
-PWM_FAST_INLINE void fetch(const Matrix& from, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
-    if (from.column == 1) return fetch(from.data, from.row, rows, columns, piece, of);
-    if (from.row == 1) fetch(from.data, from.column, columns, rows, piece, of);
+// Asks for lines [begin, end), `step` floats apart, of what will be read soon and comes from beyond the second-level cache:
+// a twentieth of the product otherwise.
+PWM_FAST_INLINE void fetch(const float* from, int64_t step, int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) __builtin_prefetch(from + line * step, 0, 2);
 }
 
 PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
@@ -222,11 +210,13 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
     for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = begin + edge(t), rows = edge(t + 1) - edge(t);
         float* const packed = a + t * kTileRows * depth;
-        if (t + 1 < tiles) fetch(part_of(p.a, row + rows, k), edge(t + 2) - edge(t + 1), depth, 0, 1);
         pack_strip<kTileRows>(part_of(p.a, row, k).data, p.a.row, p.a.column, rows, depth, packed);
         // Only who works on the first panel writes them.
         if (p.row_sums && first == 0) sum_rows(packed, rows, depth, p.row_sums + row, k > 0);
     }
+    // Lines of B's next panel, shared out among the tiles. A transposed B's are neighbours along k: they come by themselves.
+    const int64_t step = p.packed ? kLine : p.b.row;
+    const int64_t lines = p.packed ? depth * kPanel / kLine : p.b.column == 1 ? depth : 0, share = pieces(lines, tiles);
     for (int64_t panel = first; panel < last; ++panel) {
         const int64_t column = panel * kPanel, width = least(p.n - column, kPanel);
         const float* b = p.b.data + panel * kPanel * p.k + k * kPanel;
@@ -239,11 +229,10 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
             pack_panel(p.b, k, depth, column, p.n, packed);
             b = packed;
         }
-        const Matrix next = p.packed ? Matrix{b + kPanel * p.k, kPanel, 1} : part_of(p.b, k, column + kPanel);
-        const bool wide = width > kLanes;
-        const Tile* const run = wide ? kTiles<2> : kTiles<1>;
+        const float* const next = p.packed ? b + kPanel * p.k : part_of(p.b, k, column + kPanel).data;
+        const Tile* const run = width > kLanes ? kTiles<2> : kTiles<1>;
         for (int64_t t = 0; t < tiles; ++t) {
-            if (panel + 1 < last) fetch(next, depth, least(p.n - column - kPanel, kPanel), t, tiles);
+            if (panel + 1 < last) fetch(next, step, t * share, least((t + 1) * share, lines));
             run[edge(t + 1) - edge(t) - 1](a + t * kTileRows * depth, b, b_row, p.c + (begin + edge(t)) * p.ldc + column,
                                            p.ldc, depth, static_cast<int>(width), p.bias ? p.bias + column : nullptr,
                                            k > 0);
