@@ -1,6 +1,7 @@
 // The Python module pwm_fast._native: each register_X lives beside what it registers.
 #include <pybind11/pybind11.h>
 
+void register_critic_epoch(pybind11::module_& module);
 void register_elementwise(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
@@ -12,4 +13,5 @@ PYBIND11_MODULE(_native, module) {
     register_scheduler(module);
     register_elementwise(module);
     register_gemm(module);
+    register_critic_epoch(module);
 }

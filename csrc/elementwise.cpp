@@ -173,7 +173,26 @@ void td_lambda(Address reward, Address next_value, Address continues, Address re
                       columns, static_cast<float>(gamma), static_cast<float>(lambda));
 }
 
-// One clipped Adam step per row (kernels/clip_adam.py): norms first, then one pass that scales, averages and updates.
+}  // namespace
+
+void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
+                            int64_t rows, int64_t columns, float eps, int threads) {
+    row_forward<&ElementwiseTable::mish_layernorm_forward>(address(x), address(w), address(b), address(y), address(mean),
+                                                           address(rstd), 1, rows, columns, eps, threads);
+}
+
+void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
+                             float* dx, float* dw, float* db, int64_t rows, int64_t columns, int threads) {
+    mish_layernorm_backward_groups(address(dy), address(x), address(mean), address(rstd), address(w), address(dx),
+                                   address(dw), address(db), 1, rows, columns, threads);
+}
+
+void column_sums(const float* values, float* sums, int64_t rows, int64_t columns) {
+    std::fill_n(sums, columns, 0.0f);
+    for (int64_t row = 0; row < rows; ++row) table().add(sums, values + row * columns, columns);
+}
+
+// Norms first, then one pass that scales, averages and updates.
 void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
                int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
     const int64_t chunks = (count + kElementsPerChunk - 1) / kElementsPerChunk;
@@ -213,20 +232,6 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
         const int64_t at = policy * count + chunk * kElementsPerChunk;
         kernels.adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
     });
-}
-
-}  // namespace
-
-void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
-                            int64_t rows, int64_t columns, float eps, int threads) {
-    row_forward<&ElementwiseTable::mish_layernorm_forward>(address(x), address(w), address(b), address(y), address(mean),
-                                                           address(rstd), 1, rows, columns, eps, threads);
-}
-
-void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
-                             float* dx, float* dw, float* db, int64_t rows, int64_t columns, int threads) {
-    mish_layernorm_backward_groups(address(dy), address(x), address(mean), address(rstd), address(w), address(dx),
-                                   address(dw), address(db), 1, rows, columns, threads);
 }
 
 }  // namespace pwm_fast

@@ -13,4 +13,12 @@ void mish_layernorm_forward(const float* x, const float* w, const float* b, floa
 void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
                              float* dx, float* dw, float* db, int64_t rows, int64_t columns, int threads);
 
+// sums[c] = values [rows, columns] summed over rows, in their order.
+void column_sums(const float* values, float* sums, int64_t rows, int64_t columns);
+
+// One clipped Adam step per policy on rows of `count` parameters (kernels/clip_adam.py): lr float32, step int64 and active
+// bool [policies]; `norm` [policies] receives the gradients' norms before clipping.
+void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
+               int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads);
+
 }  // namespace pwm_fast

@@ -12,20 +12,22 @@
 
 #include "elementwise.hpp"
 #include "elementwise_threads.hpp"
+#include "huge_pages.hpp"
 #include "isa.hpp"
 
 namespace py = pybind11;
 
 namespace pwm_fast {
-namespace {
 
-const GemmTable& table() {
+const GemmTable& gemm_table() {
 #ifdef PWM_FAST_X86
     if (selected_isa() == Isa::avx512) return gemm_avx512();
     if (selected_isa() == Isa::avx2) return gemm_avx2();
 #endif
     return gemm_portable();
 }
+
+namespace {
 
 // The portable kernel is a fallback for those who ask for it: torch's libraries know more machines.
 bool fastest() { return selected_isa() != Isa::portable || isa_is_forced(); }
@@ -55,7 +57,7 @@ int useful_threads(double multiplications, int threads) {
 template <typename ProductOf>
 void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int threads, const ProductOf& product_of) {
     if (m < 1 || n < 1) return;
-    const GemmTable& kernels = table();
+    const GemmTable& kernels = gemm_table();
     const int used = useful_threads(static_cast<double>(groups * m) * static_cast<double>(n * k), threads);
     const int64_t panels = (n + kernels.panel - 1) / kernels.panel, parts = std::min<int64_t>(used, panels);
     WorkerPool::instance().run(groups * parts, used, [&](int64_t task, int) {
@@ -68,9 +70,9 @@ void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int thread
 // that B was packed for.
 void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, const Vector& bias, const Vector& row_sums,
           int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
-    if (packed != 0 && packed != table().panel) {
+    if (packed != 0 && packed != gemm_table().panel) {
         throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " columns, " +
-                                    name_of(selected_isa()) + " reads " + std::to_string(table().panel) +
+                                    name_of(selected_isa()) + " reads " + std::to_string(gemm_table().panel) +
                                     ": pack it again after set_isa");
     }
     multiply_groups(groups, m, n, k, threads, [&](int64_t group) {
@@ -82,17 +84,18 @@ void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, c
 }
 
 void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, Address out) {
-    table().pack({at(b, 0), b_row, b_column}, k, n, at(out, 0));
+    advise_huge_pages(at(out, 0), static_cast<size_t>(n * k) * sizeof(float));
+    gemm_table().pack({at(b, 0), b_row, b_column}, k, n, at(out, 0));
 }
 
 // Floating-point operations done, and their result.
 std::tuple<double, float> gemm_peak(int64_t rounds) {
-    const float sum = table().multiply_adds(rounds);
-    return {2.0 * static_cast<double>(rounds * kChains * table().lanes), sum};
+    const float sum = gemm_table().multiply_adds(rounds);
+    return {2.0 * static_cast<double>(rounds * kChains * gemm_table().lanes), sum};
 }
 
 int64_t gemm_packed_floats(int64_t k, int64_t n) {
-    const int64_t panel = table().panel;
+    const int64_t panel = gemm_table().panel;
     return (n + panel - 1) / panel * panel * k;
 }
 
@@ -113,6 +116,6 @@ void register_gemm(py::module_& module) {
     register_gemm_mlp(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
-    module.def("gemm_panel", [] { return table().panel; }, "Columns of a panel, as gemm_pack writes them.");
+    module.def("gemm_panel", [] { return gemm_table().panel; }, "Columns of a panel, as gemm_pack writes them.");
     module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n].");
 }

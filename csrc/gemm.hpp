@@ -20,6 +20,8 @@ struct Product {
     int64_t ldc;
     const float* bias;
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
+    bool a_packed = false;  // a.data is what the same table's pack_rows() wrote; its strides are ignored
+    int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as pack() writes B
 };
 
 constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle
@@ -34,6 +36,11 @@ struct GemmTable {
     // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n.
     void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
 
+    // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products. Null where products
+    // copy A in another order each time.
+    void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, float* out);
+    int64_t (*packed_rows_floats)(int64_t m, int64_t k);
+
     // Sums that need no memory, kChains of `lanes` floats at once: what the core can do at most.
     int64_t lanes;
     float (*multiply_adds)(int64_t rounds);
@@ -41,6 +48,9 @@ struct GemmTable {
 
 // The product with the selected instruction set; elements do not depend on the number of threads.
 void multiply_on_threads(const Product& product, int threads);
+
+// The table of the selected instruction set.
+const GemmTable& gemm_table();
 
 const GemmTable& gemm_portable();
 #ifdef PWM_FAST_X86

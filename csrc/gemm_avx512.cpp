@@ -167,7 +167,7 @@ struct Range {
         const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
         const bool wide = width > kLanes;
         const Tile run = wide ? tile_of<2>(rows) : tile_of<1>(rows);
-        run(a, b, b_row, p.c + row * p.ldc + column, p.ldc, depth, lanes(wide ? width - kLanes : width),
+        run(a, b, b_row, p.c + row * p.ldc + (p.c_panel ? panel * p.c_panel : column), p.ldc, depth, lanes(wide ? width - kLanes : width),
             p.bias ? p.bias + column : nullptr, k > 0);
     }
 };
@@ -274,7 +274,7 @@ float multiply_adds(int64_t rounds) {
 }  // namespace
 
 const GemmTable& gemm_avx512() {
-    static constexpr GemmTable table = {kPanel, multiply, pack, kLanes, multiply_adds};
+    static constexpr GemmTable table = {kPanel, multiply, pack, nullptr, nullptr, kLanes, multiply_adds};
     return table;
 }
 

@@ -19,6 +19,7 @@ constexpr int64_t kTileRows = 6;         // 12 accumulators, 2 columns of B and 
 constexpr int64_t kPanel = 2 * kLanes;   // columns of B packed side by side
 constexpr int64_t kLongest = 264;        // along k: B's panel and A's tile take 23 of 32 KB with AVX2
 constexpr int64_t kBlockRows = 43 * 6;   // A's block then takes 272 of 512 KB
+constexpr int64_t kLine = 16;            // floats of a cache line
 constexpr int64_t kSlack = 16;           // floats that whole vectors may touch beyond the last packed ones
 
 PWM_FAST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -190,48 +191,79 @@ void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums,
     }
 }
 
-// Asks for part `piece` of `of` of a matrix [rows, columns], row-major, that will be read soon: what it takes to come from
-// the third-level cache is a tenth of a product otherwise.
-PWM_FAST_INLINE void fetch(const float* from, int64_t row, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
-    constexpr int64_t kLine = 16;
-    const int64_t lines = (columns + kLine - 1) / kLine;
-    const int64_t begin = rows * lines * piece / of, end = rows * lines * (piece + 1) / of;
-    int64_t i = begin / lines, j = begin % lines;
-    for (int64_t line = begin; line < end; ++line) {
-        __builtin_prefetch(from + i * row + j * kLine, 0, 2);
-        if (++j == lines) ++i, j = 0;
-    }
-}
-
-// The same for rows and columns of a matrix that lies either way.
-PWM_FAST_INLINE void fetch(const Matrix& from, int64_t rows, int64_t columns, int64_t piece, int64_t of) {
-    if (from.column == 1) return fetch(from.data, from.row, rows, columns, piece, of);
-    if (from.row == 1) fetch(from.data, from.column, columns, rows, piece, of);
+// Asks for lines [begin, end), `step` floats apart, of what will be read soon and comes from beyond the second-level cache:
+// a twentieth of the product otherwise.
+PWM_FAST_INLINE void fetch(const float* from, int64_t step, int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) __builtin_prefetch(from + line * step, 0, 2);
 }
 
 PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
     return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
 }
 
+// A block's rows in tiles of nearly equal heights. One division: two in each tile took a fortieth of a product.
+struct Tiles {
+    int64_t count, low, taller;
+
+    PWM_FAST_INLINE explicit Tiles(int64_t height)
+        : count(pieces(height, kTileRows)), low(height / count), taller(height - low * count) {}
+
+    PWM_FAST_INLINE int64_t edge(int64_t t) const { return t * low + least(t, taller); }
+    PWM_FAST_INLINE int64_t height(int64_t t) const { return low + (t < taller); }
+};
+
+// The order in which products go through A [m, k]: calls body(first row, rows, first k, depth, floats of A before).
+template <typename Body>
+PWM_FAST_INLINE void for_blocks(int64_t m, int64_t k, Body body) {
+    const int64_t parts = pieces(k, kLongest), blocks = pieces(m, kBlockRows);
+    int64_t before = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = k * part / parts, depth = k * (part + 1) / parts - from;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t begin = m * block / blocks, height = m * (block + 1) / blocks - begin;
+            body(begin, height, from, depth, before);
+            before += pieces(height, kTileRows) * kTileRows * depth;
+        }
+    }
+}
+
+// A block of A in tiles of rows, and its rows' sums where they are wanted.
+void pack_block(const Matrix& a, int64_t begin, int64_t height, int64_t k, int64_t depth, float* out, float* row_sums) {
+    const Tiles tiles(height);
+    for (int64_t t = 0; t < tiles.count; ++t, out += kTileRows * depth) {
+        const int64_t row = begin + tiles.edge(t), rows = tiles.height(t);
+        pack_strip<kTileRows>(part_of(a, row, k).data, a.row, a.column, rows, depth, out);
+        if (row_sums) sum_rows(out, rows, depth, row_sums + row, k > 0);
+    }
+}
+
+int64_t packed_rows_floats(int64_t m, int64_t k) {
+    int64_t count = kSlack;
+    for_blocks(m, k, [&](int64_t, int64_t height, int64_t, int64_t depth, int64_t) {
+        count += pieces(height, kTileRows) * kTileRows * depth;
+    });
+    return count;
+}
+
+void pack_rows(const Matrix& a, int64_t m, int64_t k, float* out) {
+    for_blocks(m, k, [&](int64_t begin, int64_t height, int64_t from, int64_t depth, int64_t before) {
+        pack_block(a, begin, height, from, depth, out + before, nullptr);
+    });
+}
+
 // Columns of C counted in panels [first, last), from rows [begin, begin + height) and `depth` places from k.
 void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin, int64_t height, int64_t k,
-                    int64_t depth, Scratch& for_a, Scratch& for_b) {
-    const int64_t tiles = pieces(height, kTileRows);
-    const auto edge = [&](int64_t t) { return height * t / tiles; };  // tiles of nearly equal height
-    float* const a = for_a.floats(tiles * kTileRows * depth);
-    for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = begin + edge(t), rows = edge(t + 1) - edge(t);
-        float* const packed = a + t * kTileRows * depth;
-        if (t + 1 < tiles) fetch(part_of(p.a, row + rows, k), edge(t + 2) - edge(t + 1), depth, 0, 1);
-        pack_strip<kTileRows>(part_of(p.a, row, k).data, p.a.row, p.a.column, rows, depth, packed);
-        // Only who works on the first panel writes them.
-        if (p.row_sums && first == 0) sum_rows(packed, rows, depth, p.row_sums + row, k > 0);
-    }
+                    int64_t depth, const float* a, Scratch& for_b) {
+    const Tiles tiles(height);
+    // Lines of B's next panel, shared out among the tiles. A transposed B's are neighbours along k: they come by themselves.
+    const int64_t step = p.packed ? kLine : p.b.row;
+    const int64_t lines = p.packed ? depth * kPanel / kLine : p.b.column == 1 ? depth : 0, share = pieces(lines, tiles.count);
     for (int64_t panel = first; panel < last; ++panel) {
         const int64_t column = panel * kPanel, width = least(p.n - column, kPanel);
+        float* const c = p.c + (p.c_panel ? panel * p.c_panel : column);
         const float* b = p.b.data + panel * kPanel * p.k + k * kPanel;
         int64_t b_row = kPanel;
-        if (!p.packed && p.b.column == 1 && width == kPanel && tiles == 1) {  // a copy that is read once does not pay
+        if (!p.packed && p.b.column == 1 && width == kPanel && tiles.count == 1) {  // a copy that is read once does not pay
             b = p.b.data + k * p.b.row + column;
             b_row = p.b.row;
         } else if (!p.packed) {
@@ -239,14 +271,12 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
             pack_panel(p.b, k, depth, column, p.n, packed);
             b = packed;
         }
-        const Matrix next = p.packed ? Matrix{b + kPanel * p.k, kPanel, 1} : part_of(p.b, k, column + kPanel);
-        const bool wide = width > kLanes;
-        const Tile* const run = wide ? kTiles<2> : kTiles<1>;
-        for (int64_t t = 0; t < tiles; ++t) {
-            if (panel + 1 < last) fetch(next, depth, least(p.n - column - kPanel, kPanel), t, tiles);
-            run[edge(t + 1) - edge(t) - 1](a + t * kTileRows * depth, b, b_row, p.c + (begin + edge(t)) * p.ldc + column,
-                                           p.ldc, depth, static_cast<int>(width), p.bias ? p.bias + column : nullptr,
-                                           k > 0);
+        const float* const next = p.packed ? b + kPanel * p.k : part_of(p.b, k, column + kPanel).data;
+        const Tile* const run = width > kLanes ? kTiles<2> : kTiles<1>;
+        for (int64_t t = 0; t < tiles.count; ++t) {
+            if (panel + 1 < last) fetch(next, step, t * share, least((t + 1) * share, lines));
+            run[tiles.height(t) - 1](a + t * kTileRows * depth, b, b_row, c + (begin + tiles.edge(t)) * p.ldc, p.ldc, depth,
+                                     static_cast<int>(width), p.bias ? p.bias + column : nullptr, k > 0);
         }
     }
 }
@@ -269,16 +299,14 @@ void multiply_column(const Product& p) {
 }
 
 void multiply(const Product& p, int64_t first, int64_t last) {
-    if (p.n == 1 && !p.packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
+    if (p.n == 1 && !p.packed && !p.a_packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
     thread_local Scratch for_a, for_b;
-    const int64_t parts = pieces(p.k, kLongest), blocks = pieces(p.m, kBlockRows);
-    for (int64_t part = 0; part < parts; ++part) {
-        const int64_t k = p.k * part / parts, depth = p.k * (part + 1) / parts - k;
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t begin = p.m * block / blocks, height = p.m * (block + 1) / blocks - begin;
-            multiply_block(p, first, last, begin, height, k, depth, for_a, for_b);
-        }
-    }
+    for_blocks(p.m, p.k, [&](int64_t begin, int64_t height, int64_t k, int64_t depth, int64_t before) {
+        if (p.a_packed) return multiply_block(p, first, last, begin, height, k, depth, p.a.data + before, for_b);
+        float* const a = for_a.floats(pieces(height, kTileRows) * kTileRows * depth);
+        pack_block(p.a, begin, height, k, depth, a, first == 0 ? p.row_sums : nullptr);  // one task per row of C sums
+        multiply_block(p, first, last, begin, height, k, depth, a, for_b);
+    });
 }
 
 void pack(const Matrix& b, int64_t k, int64_t n, float* out) {

@@ -20,6 +20,7 @@ from pwm_fast.kernels import td_lambda
 from pwm_fast.learning import noise as counter_noise
 from pwm_fast.learning.configuration import PRECISIONS, PRESETS, ExtractionConfig, preset
 from pwm_fast.learning.imagination import Imagination, Rollout
+from pwm_fast.learning.native_critics import NativeCritics
 from pwm_fast.learning.optim import Adam, linear_schedule
 from pwm_fast.learning.returns import ReturnStatistics, imagined_return
 from pwm_fast.models.critic import VALUE_ROWS, Critic
@@ -110,6 +111,7 @@ class Extraction:
         self.average = self.actor.parameters.flat.clone()  # [P, n]: the actors, averaged over their last steps
         self._workspace = Workspace()
         self.critic_epochs: CriticEpochs | None = None
+        self._native_critics = NativeCritics(self.critic, self.critic_adam, c)
         self.return_statistics = ReturnStatistics(len(self.seeds), **options)
         self.iteration = torch.zeros((), dtype=torch.int64, device=self._device)
         self.diverged = torch.zeros(len(self.seeds), dtype=torch.bool, device=self._device)
@@ -274,8 +276,9 @@ class Extraction:
         c = self.config
         lr = self.learning_rate(c.critic_lr)
         active = ~self.diverged
-        if self.critic_epochs is not None:
-            loss, norm, active = self.critic_epochs(rows, self._orders(rows.latents.shape[1]), lr, active)
+        epochs = self.critic_epochs or (self._native_critics if self._native_critics.available() else None)
+        if epochs is not None:
+            loss, norm, active = epochs(rows, self._orders(rows.latents.shape[1]), lr, active)
             self.diverged |= ~active
             return {"critic_loss": loss, "critic_grad_norm": norm, "target": rows.targets.mean(1)}
         total = torch.zeros_like(lr)

@@ -1,0 +1,289 @@
+// All minibatch steps of a population's critics in one call: forward, squared error, backward, clipping, Adam. The
+// definition is critic_epoch in kernels/critic_epoch.py; the Python side is kernels/native_critic_epoch.py.
+//
+// What layer-by-layer calls did again for every minibatch is done once per call: weights, moments and gradients stay in the
+// products' order (critic_panels.hpp), and so do the states, forwards and transposed, as long as epochs take the rows in
+// one order. Policies are shared out among the threads; a few are worked on by all of them. Sums are taken in one order.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "critic_panels.hpp"
+#include "elementwise.hpp"
+#include "elementwise_threads.hpp"
+#include "gemm.hpp"
+#include "huge_pages.hpp"
+
+namespace py = pybind11;
+
+namespace pwm_fast {
+namespace {
+
+template <typename T = float>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// States [rows, width] of one minibatch as the two products of the first layer read them.
+struct States {
+    int64_t rows, width;
+    const float *plain, *packed, *packed_transpose;  // the packed ones are null where products take no packed rows
+    const float* targets;
+
+    Matrix forward() const { return {packed ? packed : plain, width, 1}; }
+    Matrix transposed() const { return {packed ? packed_transpose : plain, 1, width}; }
+};
+
+struct HiddenBuffers {
+    Floats pre, y, mean, rstd, gradient;
+};
+
+// What one policy's training needs; kept from call to call.
+struct Memory {
+    Floats parameters, gradients, m, v, states, packed, packed_transpose, targets;
+    Floats value, error, panels, weight;
+    std::vector<std::unique_ptr<HiddenBuffers>> hidden;
+};
+
+struct Arrays {
+    float *flat, *m, *v;
+    const float *x, *targets;
+    int64_t x_row, x_policy;
+    const int64_t* orders;  // [policies, epochs, rows]
+    const float* lr;
+    int64_t* steps;
+    bool* active;
+    float *loss, *norm;
+};
+
+class CriticEpoch {
+public:
+    // `size` floats lie between the parameters of neighbouring networks; every policy has `critics` neighbours.
+    CriticEpoch(std::vector<std::vector<int64_t>> layers, int64_t policies, int64_t critics, int64_t size, int64_t rows,
+                int64_t epochs, int64_t minibatches, double max_norm, double beta1, double beta2, double eps,
+                float norm_eps)
+        : policies_(policies), critics_(critics), size_(size), rows_(rows), epochs_(epochs), minibatches_(minibatches),
+          max_norm_(max_norm), beta1_(beta1), beta2_(beta2), eps_(eps), norm_eps_(norm_eps) {
+        for (const auto& l : layers) layers_.push_back({l.at(0), l.at(1), l.at(2), l.at(3), l.at(4), l.at(5)});
+        if (layers_.size() < 2 || layers_.back().outputs != 1) {
+            throw std::invalid_argument("critics need a hidden layer at least and one output");
+        }
+    }
+
+    void run(Address flat, Address m, Address v, Address x, int64_t x_row, int64_t x_policy, Address targets,
+             Address orders, Address lr, Address steps, Address active, Address loss, Address norm, int threads) {
+        const std::lock_guard<std::mutex> only_one(busy_);
+        const Arrays arrays{at(flat), at(m), at(v), at(x), at(targets), x_row, x_policy, at<int64_t>(orders), at(lr),
+                            at<int64_t>(steps), at<bool>(active), at(loss), at(norm)};
+        const CriticPanels panels(layers_, gemm_table());
+        const bool shared_out = threads > 1 && policies_ >= 2 * threads;
+        while (memories_.size() < static_cast<size_t>(shared_out ? threads : 1)) {
+            memories_.push_back(std::make_unique<Memory>());
+        }
+        if (shared_out) {
+            WorkerPool::instance().run(policies_, threads, [&](int64_t policy, int slot) {
+                Trainer(*this, panels, *memories_[static_cast<size_t>(slot)], 1).train(arrays, policy);
+            });
+        } else {
+            for (int64_t policy = 0; policy < policies_; ++policy) {
+                Trainer(*this, panels, *memories_[0], threads).train(arrays, policy);
+            }
+        }
+    }
+
+private:
+    // One policy's critics through all epochs.
+    class Trainer {
+    public:
+        Trainer(const CriticEpoch& plan, const CriticPanels& panels, Memory& memory, int threads)
+            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), threads_(threads) {
+            while (memory_.hidden.size() < plan.layers_.size()) memory_.hidden.push_back(std::make_unique<HiddenBuffers>());
+        }
+
+        void train(const Arrays& a, int64_t policy) {
+            const int64_t row = policy * plan_.critics_ * plan_.size_, count = plan_.critics_ * panels_.size();
+            float* const parameters = memory_.parameters.at_least(count);
+            float* const m = memory_.m.at_least(count);
+            float* const v = memory_.v.at_least(count);
+            float* const gradients = memory_.gradients.at_least(count);
+            for (int64_t k = 0; k < plan_.critics_; ++k) {
+                const int64_t from = row + k * plan_.size_, to = k * panels_.size();
+                panels_.load(a.flat + from, parameters + to);
+                panels_.load(a.m + from, m + to);
+                panels_.load(a.v + from, v + to);
+            }
+            std::fill_n(gradients, count, 0.0f);  // padding, which another instruction set may have used
+            std::vector<States> minibatches;
+            double total = 0.0;
+            for (int64_t epoch = 0; epoch < plan_.epochs_; ++epoch) {
+                const int64_t* const order = a.orders + (policy * plan_.epochs_ + epoch) * plan_.rows_;
+                if (epoch == 0 || !std::equal(order, order + plan_.rows_, order - plan_.rows_)) {
+                    minibatches = gather(a.x + policy * a.x_policy, a.x_row, a.targets + policy * plan_.rows_, order);
+                }
+                for (const States& states : minibatches) {
+                    double squares = 0.0;
+                    for (int64_t k = 0; k < plan_.critics_; ++k) {
+                        squares += differentiate(states, parameters + k * panels_.size(), gradients + k * panels_.size());
+                    }
+                    total += squares / static_cast<double>(plan_.critics_ * states.rows);
+                    clip_adam(address(parameters), address(gradients), address(m), address(v), address(a.lr + policy),
+                              reinterpret_cast<Address>(a.steps + policy), reinterpret_cast<Address>(a.active + policy),
+                              address(a.norm + policy), 1, count, plan_.max_norm_, plan_.beta1_, plan_.beta2_, plan_.eps_,
+                              threads_);
+                    a.active[policy] = a.active[policy] && std::isfinite(a.norm[policy]);
+                }
+            }
+            a.loss[policy] = static_cast<float>(total / static_cast<double>(plan_.epochs_ * plan_.minibatches_));
+            for (int64_t k = 0; k < plan_.critics_; ++k) {
+                const int64_t to = row + k * plan_.size_, from = k * panels_.size();
+                panels_.store(parameters + from, a.flat + to);
+                panels_.store(m + from, a.m + to);
+                panels_.store(v + from, a.v + to);
+            }
+        }
+
+    private:
+        static Address address(const float* data) { return reinterpret_cast<Address>(data); }
+
+        // The rows of every minibatch, as torch.tensor_split has them: the first ones take what is left over.
+        std::vector<States> gather(const float* x, int64_t x_row, const float* targets, const int64_t* order) {
+            const int64_t width = plan_.layers_[0].inputs, rows = plan_.rows_, parts = plan_.minibatches_;
+            float* const states = memory_.states.at_least(rows * width);
+            float* const chosen = memory_.targets.at_least(rows);
+            for (int64_t i = 0; i < rows; ++i) {
+                std::copy_n(x + order[i] * x_row, width, states + i * width);
+                chosen[i] = targets[order[i]];
+            }
+            const bool packs = table_.pack_rows != nullptr;
+            const int64_t longest = rows / parts + 1;
+            const int64_t floats = packs ? table_.packed_rows_floats(longest, width) : 0;
+            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest) : 0;
+            float* const packed = memory_.packed.at_least(parts * floats);
+            float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
+            std::vector<States> minibatches;
+            for (int64_t part = 0, first = 0; part < parts; ++part) {
+                const int64_t count = rows / parts + (part < rows % parts);
+                States s{count, width, states + first * width, nullptr, nullptr, chosen + first};
+                if (packs) {
+                    float* const forward = packed + part * floats;
+                    float* const transposed = packed_transpose + part * floats_transposed;
+                    table_.pack_rows({s.plain, width, 1}, count, width, forward);
+                    table_.pack_rows({s.plain, 1, width}, width, count, transposed);
+                    s.packed = forward, s.packed_transpose = transposed;
+                }
+                minibatches.push_back(s);
+                first += count;
+            }
+            return minibatches;
+        }
+
+        // Overwrites one critic's gradients with those of the mean squared error over critics and rows; its sum of squares.
+        double differentiate(const States& states, const float* parameters, float* gradients) {
+            const size_t depth = plan_.layers_.size() - 1;
+            const int64_t rows = states.rows;
+            for (size_t i = 0; i < depth; ++i) {
+                const CriticLayer& l = plan_.layers_[i];
+                const CriticPanels::Places& p = panels_[i];
+                HiddenBuffers& b = *memory_.hidden[i];
+                float* const pre = b.pre.at_least(rows * l.outputs);
+                float* const y = b.y.at_least(rows * l.outputs);
+                Product product{rows, l.outputs, l.inputs, i ? kept(i - 1) : states.forward(), {parameters + p.weight, 0, 0},
+                                true, pre, l.outputs, parameters + p.bias, nullptr};
+                product.a_packed = !i && states.packed;
+                multiply_on_threads(product, threads_);
+                mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
+                                       b.rstd.at_least(rows), rows, l.outputs, plan_.norm_eps_, threads_);
+            }
+            const double squares = value_gradients(states, parameters, gradients);
+            for (size_t i = depth; i-- > 0;) hidden_gradients(i, states, parameters, gradients);
+            return squares;
+        }
+
+        // Output [rows, outputs] of a hidden layer.
+        Matrix kept(size_t layer) const {
+            return {memory_.hidden[layer]->y.at_least(0), plan_.layers_[layer].outputs, 1};
+        }
+
+        // Values, their errors, the last layer's gradients and that at its input; the sum of squared errors.
+        double value_gradients(const States& states, const float* parameters, float* gradients) {
+            const size_t last = plan_.layers_.size() - 1;
+            const CriticPanels::Places& p = panels_[last];
+            const int64_t rows = states.rows, inputs = plan_.layers_[last].inputs;
+            const float* const weight = parameters + p.weight;
+            const Matrix y = kept(last - 1);
+            float* const value = memory_.value.at_least(rows);
+            multiply_on_threads({rows, 1, inputs, y, {weight, 1, 1}, false, value, 1, parameters + p.bias, nullptr}, threads_);
+            float* const error = memory_.error.at_least(rows);
+            const float scale = 2.0f / static_cast<float>(plan_.critics_ * rows);
+            double squares = 0.0;
+            for (int64_t i = 0; i < rows; ++i) {
+                const float difference = value[i] - states.targets[i];
+                squares += static_cast<double>(difference) * static_cast<double>(difference);
+                error[i] = difference * scale;
+            }
+            multiply_on_threads({1, inputs, rows, {error, rows, 1}, y, false, gradients + p.weight, inputs, nullptr,
+                                 gradients + p.bias}, threads_);
+            float* const below = memory_.hidden[last - 1]->gradient.at_least(rows * inputs);
+            for (int64_t i = 0; i < rows; ++i) {
+                for (int64_t j = 0; j < inputs; ++j) below[i * inputs + j] = error[i] * weight[j];
+            }
+            return squares;
+        }
+
+        // From the gradient at a hidden layer's output: its parameters' gradients, and that at the output below.
+        void hidden_gradients(size_t i, const States& states, const float* parameters, float* gradients) {
+            const CriticLayer& l = plan_.layers_[i];
+            const CriticPanels::Places& p = panels_[i];
+            HiddenBuffers& b = *memory_.hidden[i];
+            const int64_t rows = states.rows, width = table_.panel;
+            float* const d = b.gradient.at_least(0);
+            mish_layernorm_backward(d, b.pre.at_least(0), b.mean.at_least(0), b.rstd.at_least(0), parameters + p.gain, d,
+                                    gradients + p.gain, gradients + p.shift, rows, l.outputs, threads_);
+            column_sums(d, gradients + p.bias, rows, l.outputs);
+            float* const panels = memory_.panels.at_least(panels_.panels(l.outputs) * width * rows);
+            table_.pack({d, l.outputs, 1}, rows, l.outputs, panels);
+            const Matrix in = i ? Matrix{kept(i - 1).data, 1, l.inputs} : states.transposed();
+            Product product{l.inputs, l.outputs, rows, in, {panels, 0, 0}, true, gradients + p.weight, width, nullptr, nullptr};
+            product.a_packed = !i && states.packed;
+            product.c_panel = panels_.panel_floats(l);
+            multiply_on_threads(product, threads_);
+            if (i == 0) return;
+            float* const weight = memory_.weight.at_least(panels_.panels(l.inputs) * width * l.outputs);
+            panels_.transpose(parameters + p.weight, l, weight);
+            float* const below = memory_.hidden[i - 1]->gradient.at_least(rows * l.inputs);
+            multiply_on_threads({rows, l.inputs, l.outputs, {d, l.outputs, 1}, {weight, 0, 0}, true, below, l.inputs, nullptr,
+                                 nullptr}, threads_);
+        }
+
+        const CriticEpoch& plan_;
+        const CriticPanels& panels_;
+        Memory& memory_;
+        const GemmTable& table_;
+        const int threads_;
+    };
+
+    std::vector<CriticLayer> layers_;
+    const int64_t policies_, critics_, size_, rows_, epochs_, minibatches_;
+    const double max_norm_, beta1_, beta2_, eps_;
+    const float norm_eps_;
+    std::mutex busy_;
+    std::vector<std::unique_ptr<Memory>> memories_;  // one for each policy that is trained at the same time
+};
+
+}  // namespace
+}  // namespace pwm_fast
+
+void register_critic_epoch(py::module_& module) {
+    using namespace pwm_fast;
+    py::class_<CriticEpoch>(module, "CriticEpoch", "All of a step's updates of the critics; kernels/native_critic_epoch.py.")
+        .def(py::init<std::vector<std::vector<int64_t>>, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double,
+                      double, double, double, float>())
+        .def("run", &CriticEpoch::run, py::call_guard<py::gil_scoped_release>());
+}
