@@ -3,8 +3,8 @@
     pytest bench/test_scheduler.py -s                         # a store of 0.1 GB, in the page cache
     PWM_FAST_BENCH_LARGE=/path pytest bench/test_scheduler.py -s   # and 4 GB, dropped from it (written to that folder)
 
-Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing, "torch drawing" finds them with
-torch; none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads.
+Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing, "torch drawing" finds them;
+none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads.
 Everything in turn, the fastest of each; cold reads are timed by the clock, because they wait.
 """
 
