@@ -13,19 +13,16 @@ namespace {
 constexpr int64_t kLanes = PWM_FAST_LANES;
 constexpr uint32_t kExponent = 0x7F800000u, kLowestOfIt = 0x00800000u;
 
-template <int N>
-struct Of {
-    typedef uint32_t Bits __attribute__((vector_size(4 * N)));
-    typedef uint32_t Loose __attribute__((vector_size(4 * N), aligned(4), may_alias));
-};
+typedef uint32_t Wide __attribute__((vector_size(4 * PWM_FAST_LANES)));
+typedef uint32_t Narrow __attribute__((vector_size(16)));
 
 // Copies floats and notices what is infinite or NaN: their exponents are all ones, and then the sign bit of the sum
 // below is set. One pass, because the rows come from memory.
 class FiniteCopy {
 public:
     PWM_FAST_INLINE void operator()(float* to, const float* from, int64_t count) {
-        if (count >= kLanes) return in_vectors<kLanes>(to, from, count, wide_);
-        if (count >= 4) return in_vectors<4>(to, from, count, narrow_);
+        if (count >= kLanes) return in_vectors(to, from, count, wide_);
+        if (count >= 4) return in_vectors(to, from, count, narrow_);
         for (int64_t i = 0; i < count; ++i) {
             uint32_t bits;
             __builtin_memcpy(&bits, from + i, sizeof bits);
@@ -42,19 +39,21 @@ public:
     }
 
 private:
-    template <int N>
-    PWM_FAST_INLINE static void in_vectors(float* to, const float* from, int64_t count, typename Of<N>::Bits& seen) {
+    template <typename Vector>
+    PWM_FAST_INLINE static void in_vectors(float* to, const float* from, int64_t count, Vector& seen) {
+        constexpr int64_t N = sizeof(Vector) / sizeof(float);
         for (int64_t i = 0;; i += N) {
             if (i + N > count) i = count - N;  // some of them twice, which is quicker than one by one
-            const typename Of<N>::Bits bits = *reinterpret_cast<const typename Of<N>::Loose*>(from + i);
-            *reinterpret_cast<typename Of<N>::Loose*>(to + i) = bits;
+            Vector bits;
+            __builtin_memcpy(&bits, from + i, sizeof bits);
+            __builtin_memcpy(to + i, &bits, sizeof bits);
             seen |= (bits & kExponent) + kLowestOfIt;
             if (i + N == count) return;
         }
     }
 
-    Of<kLanes>::Bits wide_{};
-    Of<4>::Bits narrow_{};
+    Wide wide_{};
+    Narrow narrow_{};
     uint32_t single_ = 0;
 };
 

@@ -155,6 +155,54 @@ def test_native_and_numpy_agree_bit_for_bit(tmp_path_factory, write, lengths, ho
     np.testing.assert_array_equal(native.start_states(step, batch), plain.start_states(step, batch))
 
 
+ISAS = backends.native.available_isas() if backends.native is not None else []
+WIDTHS = [(1, 1), (3, 9), (4, 2), (5, 4), (8, 7), (11, 16), (17, 3), (76, 21)]  # of obs and actions
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_every_instruction_set_copies_rows_of_any_width(tmp_path, isa, widths):
+    """Widths below, at and above a vector's; horizons and batches that are no multiple of what goes side by side."""
+    before, random, (S, A) = backends.native.isa(), np.random.default_rng(0), widths
+    with EpisodeWriter(tmp_path / "s", S, A, task_names=["t"]) as writer:
+        for n in (40, 21, 90):
+            writer.add(random.normal(size=(n + 1, S)), random.normal(size=(n, A)), random.normal(size=n), n == 21)
+    store = EpisodeStore.open(tmp_path / "s")
+    try:
+        backends.native.set_isa(isa)
+        for horizon, batch in ((1, 1), (3, 7), (16, 8), (17, 33), (2, 300)):
+            native, plain = (WindowSampler(store, horizon, seed=3, backend=name) for name in ("native", "torch"))
+            assert_same(native.windows(1, batch), plain.windows(1, batch))
+            np.testing.assert_array_equal(native.start_states(1, batch), plain.start_states(1, batch))
+    finally:
+        backends.native.set_isa(before)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_every_instruction_set_notices_every_number_that_is_not_finite(tmp_path, isa, bad):
+    """One by one, at every place of a window of 2 transitions whose rows are wider than a vector and a half."""
+    before, (S, A, T) = backends.native.isa(), (13, 6, 2)
+    with EpisodeWriter(tmp_path / "s", S, A, task_names=["t"]) as writer:
+        writer.add(np.full((T + 1, S), 3e38), np.full((T, A), -3e38), np.full(T, 3e38), False)
+    store, rows = EpisodeStore.open(tmp_path / "s"), np.zeros(9, np.int64)
+    columns = {name: np.array(getattr(store, name)) for name in ("obs", "action", "reward", "terminated", "task")}
+    out = [array for name, array in WindowSampler(store, T).windows(0, 9).items()]
+    try:
+        backends.native.set_isa(isa)
+        assert backends.native.gather_windows(*columns.values(), rows, T, 1, *out) == -1
+        for name, count in (("obs", T + 1), ("action", T), ("reward", T)):
+            values = columns[name][:count].reshape(-1)  # a view
+            for place in range(len(values)):
+                values[place], good = bad, values[place]
+                assert backends.native.gather_windows(*columns.values(), rows, T, 1, *out) == 0, (name, place)
+                values[place] = good
+    finally:
+        backends.native.set_isa(before)
+
+
 @pytest.fixture(scope="module")
 def wide_store(tmp_path_factory) -> EpisodeStore:
     """Rows of 4 kB, so that a batch is large enough to be shared between threads."""

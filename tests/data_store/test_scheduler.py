@@ -230,6 +230,31 @@ def test_the_workers_fill_the_ring_and_then_rest(store):
 
 
 @needs_native
+def test_of_small_batches_half_a_ring_is_made_at_a_time(store):
+    """One waking serves many batches; what is asked for before that is made on the spot."""
+
+    def ready_is(count):
+        deadline = time.monotonic() + 30
+        while scheduler.ready != count and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return scheduler.ready == count
+
+    with RolloutScheduler(store, 4, 2, prefetch=8, backend="native") as scheduler:
+        scheduler.admit(0, seed=0)
+        assert ready_is(9)
+        taken = drain(scheduler, 3)
+        time.sleep(0.05)
+        assert scheduler.ready == 6
+        taken += drain(scheduler, 2)
+        assert ready_is(9)
+        held = [next(scheduler) for _ in range(8)]  # one slot goes round: never half of the ring
+        taken += drain(scheduler, 3)
+        assert len(held) == 8
+    assert [steps for _, steps, _ in taken] == [(s,) for s in (0, 1, 2, 3, 4, 13, 14, 15)]
+    assert_drawn_by_samplers(taken, store, 4, 2, False, [0], [None])
+
+
+@needs_native
 def test_a_step_copies_and_allocates_nothing(wide_store):
     """A batch is a view of the ring: torch runs no operation that makes or moves data, and the slots are few."""
 
