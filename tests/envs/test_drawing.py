@@ -50,7 +50,7 @@ def suites():
 def test_pictures_need_no_setting():
     names = ["walker-walk", "mw-drawer-open"]
     lines = run(PROGRAM.format(names=names) + EPISODE)
-    assert lines == [f"{name} (240, 320, 3) uint8 True True" for name in names] + ["(8, 240, 320, 3) uint8 15"]
+    assert lines == [f"{name} (240, 320, 3) uint8 True True" for name in names] + ["(8, 240, 320, 3) uint8 14"]
 
 
 def test_a_machine_that_cannot_draw_says_so():
