@@ -116,6 +116,14 @@ if __name__ == "__main__":
 """
 
 
+def test_a_script_without_its_guard_is_told_so(tmp_path):
+    script = tmp_path / "unguarded_script.py"
+    script.write_text(PROGRAM.replace('if __name__ == "__main__":', "if True:"))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 1 and "RuntimeError: an environment process could not start" in done.stderr
+    assert "running" not in done.stdout
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_a_kill_leave_no_process(end, tmp_path):
     """Ctrl-C goes to the whole group, as a terminal sends it; a kill to the one process alone."""
