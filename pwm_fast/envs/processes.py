@@ -89,8 +89,13 @@ class Workers:
             with ThreadPoolExecutor(self._count) as starting:  # each waits for its process to have imported everything
                 for started in [starting.submit(self._start) for _ in range(self._count)]:
                     started.result()
-        except BaseException:
+        except BaseException as error:
             self._end()
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise RuntimeError(
+                    "an environment process could not start; what it printed says why (most often: a script that "
+                    "starts processes needs to be a file, with its work under `if __name__ == '__main__':`)"
+                ) from error
             raise
         return self
 

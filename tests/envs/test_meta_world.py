@@ -66,6 +66,7 @@ def test_success_counts_at_the_last_step_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_scripted_experts_do_as_well_as_recorded():
     """50 tasks x 10 episodes. The recording has other goals, so success may differ by chance: over all tasks by less
     than 0.04, in one by 4 standard deviations of a share; returns by 5 standard errors of their difference."""
