@@ -147,8 +147,8 @@ def physics_source(
 
 
 def _job(job: tuple[str, int, float, MPPIConfig, int, bool]) -> Episode:
-    name, *rest = job
-    return plan_episode(registry.get(name), *rest)
+    name, seed, level, config, hold, smooth = job
+    return plan_episode(registry.get(name), seed, level, config, hold, smooth)
 
 
 @cache
