@@ -79,6 +79,11 @@ def collect_sac(
             _save_state(out, recording, state["tasks"])
         share = max_transitions // len(recording.tasks)
         for number, task in enumerate(tasks):
+            if share < task.episode_length:
+                raise ValueError(
+                    f"max_transitions must leave room for an episode of {task.episode_length} steps of each task, got "
+                    f"{max_transitions} for {len(recording.tasks)} tasks"
+                )
             budget = _Budget(minutes, steps, share - task.episode_length)
             training = SACTraining(task, config, derived_seed(seed, number), budget.total + task.episode_length)
             run = _Run(out, recording, training, state["tasks"], budget, checkpoint_seconds, interrupt)

@@ -170,6 +170,9 @@ def test_a_larger_budget_goes_on(tmp_path: Path, whole: EpisodeStore):
 def test_training_ends_where_the_store_is_full(tmp_path: Path):
     store = collect(tmp_path / "store", 10_000, max_transitions=650)
     assert store.num_transitions == 600, "another episode might not fit"
+    with pytest.raises(ValueError, match="room for an episode of 200 steps of each task, got 150 for 1 tasks"):
+        collect(tmp_path / "other", 10_000, max_transitions=150)
+    assert not (tmp_path / "other").exists()
 
 
 def test_refusals_name_the_mend(tmp_path: Path, whole: EpisodeStore):
