@@ -6,7 +6,8 @@
     --policy planning    dm_control: MPPI in MuJoCo itself, or any task: in a world model (--world-model FILE)
     --policy random, or the folder of a saved policy: record a fixed policy
 
-Several tasks (--task mw-reach mw-drawer-open) share one store, numbered as MT30 and MT80 number them.
+Several tasks share one store, numbered as MT30 and MT80 number them, and may each have a policy of their own:
+--task mw-reach mw-drawer-open cartpole-swingup --policy expert expert sac.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pwm_fast.baselines.experts import NOISE_LEVELS, expert_source
 from pwm_fast.baselines.model_free import SACConfig
 from pwm_fast.baselines.model_planning import default_planning, find_guide, model_source
 from pwm_fast.baselines.mppi import with_samples
-from pwm_fast.baselines.sac_collection import collect_sac
+from pwm_fast.baselines.sac_collection import collect_sac, refuse_without_sac, settings
 from pwm_fast.baselines.shac_collection import collect_shac
 from pwm_fast.baselines.shac_training import default_config
 from pwm_fast.data.collect import NoisyPolicy, RandomActions, Source, collect_episodes, policy_source
@@ -41,6 +42,8 @@ DEFAULT_EPISODES = 256
 DFLEX_BATCH, SUITE_BATCH = 64, 24  # episodes simulated at once
 SAVED = "a saved policy"
 KINDS = ("shac", "sac", "expert", "planning", "random")
+NUMBERS = ("minutes", "steps", "episodes", "num_envs", "threads", "max_transitions", "checkpoint_minutes", "horizon",
+           "samples", "processes")  # fmt: skip
 USED_BY = {  # which kinds of policy an option is for, where it is not for all
     "minutes": ("shac", "sac"),
     "steps": ("shac", "sac"),
@@ -65,8 +68,8 @@ class Options:
     """Task names (python -m pwm_fast.tasks lists them)."""
     out: Path
     """Folder of the store; what a training needs to go on lies in OUT/shac or OUT/sac."""
-    policy: str = "shac"
-    """shac, sac, expert, planning, random, or the folder of a saved policy."""
+    policy: tuple[str, ...] = ("shac",)
+    """shac, sac, expert, planning, random, or the folder of a saved policy; one for all tasks, or one for each."""
     minutes: float | None = None
     """shac, sac: training time of each task (default 40 unless --steps is given)."""
     steps: int | None = None
@@ -109,32 +112,22 @@ def main(options: Options) -> int:
     tasks = [registry.get(name) for name in options.task]
     if not tasks:
         raise ValueError("--task must name at least one task (python -m pwm_fast.tasks lists them), got none")
-    for name in (
-        "minutes",
-        "steps",
-        "episodes",
-        "num_envs",
-        "threads",
-        "max_transitions",
-        "checkpoint_minutes",
-        "horizon",
-        "samples",
-    ):
+    for name in NUMBERS:
         if (value := getattr(options, name)) is not None:
             positive(name, value)
     if not options.noise >= 0:
         raise ValueError(f"noise must be >= 0, got {options.noise}")
-    kind = options.policy if options.policy in KINDS else SAVED
-    _refuse_unused(options, kind)
+    if len(options.policy) not in (1, len(tasks)):
+        raise ValueError(f"--policy must name one for all tasks or one for each, got {len(options.policy)} policies")
+    policies = list(options.policy) * (len(tasks) if len(options.policy) == 1 else 1)
+    _refuse_unused(options, {_kind(policy) for policy in policies})
     console = make_console()
     console.print(backend.describe())
     try:
-        if kind == "shac":
+        if "shac" in policies:
             _collect_shac(tasks, options, console)
-        elif kind == "sac":
-            _collect_sac(tasks, options, console)
         else:
-            _collect_episodes(tasks, kind, options, console)
+            _collect(tasks, policies, options, console)
     except Interrupted as stop:
         command = resume_command("pwm_fast.collect", options.out)
         raise Interrupted(f"{stop}; resume with: {command}", stop.code) from None
@@ -142,49 +135,80 @@ def main(options: Options) -> int:
     return 0
 
 
-def _refuse_unused(options: Options, kind: str) -> None:
-    """Raises ValueError for an option that this kind of policy would not look at."""
+def _kind(policy: str) -> str:
+    return policy if policy in KINDS else SAVED
+
+
+def _refuse_unused(options: Options, kinds: set[str]) -> None:
+    """Raises ValueError for an option that none of these kinds of policy would look at."""
     for item in fields(options):
         default = item.default_factory() if item.default_factory is not MISSING else item.default
-        kinds = USED_BY.get(item.name, (kind,))
-        if kind not in kinds and getattr(options, item.name) != default:
-            name = item.name.replace("_", "-")
-            raise ValueError(f"--{name} is for {' and '.join(kinds)}, not for --policy {options.policy}: leave it out")
+        users = USED_BY.get(item.name)
+        if users and not kinds & set(users) and getattr(options, item.name) != default:
+            name, given = item.name.replace("_", "-"), " ".join(options.policy)
+            raise ValueError(f"--{name} is for {' and '.join(users)}, not for --policy {given}: leave it out")
 
 
-def _collect_episodes(tasks: list[registry.Task], kind: str, options: Options, console: Console) -> None:
-    """Everything whose episodes are independent of one another."""
-    asked = {"task": list(options.task), "policy": options.policy, "noise": options.noise, "seed": options.seed}
-    make: Callable[[registry.Task], Source]
-    if kind == "expert":
-        asked["noise"] = list(options.noise_levels)
-        make = lambda task: expert_source(task, options.seed, options.noise_levels)  # noqa: E731
-    elif kind == "planning":
-        make = _planning(options, asked)
-    else:
-        make = lambda task: (_random if kind == "random" else _saved)(task, options)  # noqa: E731
+def _collect(tasks: list[registry.Task], policies: list[str], options: Options, console: Console) -> None:
+    """Episodes that are independent of one another first, then what SAC learns from."""
+    asked: dict[str, Any] = {"task": list(options.task), "policy": " ".join(options.policy), "seed": options.seed}
+    names = ("noise", "world_model", "guide", "horizon", "samples")
+    asked |= {name: str(v) if isinstance(v := getattr(options, name), Path) else v for name in names}
+    asked |= {"noise_levels": list(options.noise_levels), "sac": settings(options.sac)}
+    learning = [task for task, policy in zip(tasks, policies) if policy == "sac"]
+    if learning:
+        refuse_without_sac(learning, _minutes(options), options.steps)
+    pairs = [(task, policy) for task, policy in zip(tasks, policies) if policy != "sac"]
     batch = options.num_envs or (DFLEX_BATCH if tasks[0].suite == "dflex" else SUITE_BATCH)
-    if kind == "planning" and options.world_model is None:
+    if "planning" in policies and options.world_model is None:
         batch = options.num_envs or 2 * options.processes
-    collect_episodes(
-        options.out,
-        [make(task) for task in tasks],
-        options=asked,
-        episodes=options.episodes,
-        batch=batch,
-        max_transitions=options.max_transitions,
-        resume=options.resume,
-        console=console,
-    )
+    if pairs:
+        collect_episodes(
+            options.out,
+            _sources(pairs, options),
+            options=asked,
+            episodes=options.episodes,
+            batch=batch,
+            max_transitions=options.max_transitions,
+            resume=options.resume,
+            tasks=tasks,
+            console=console,
+        )
+    if learning:
+        collect_sac(
+            options.out,
+            learning,
+            minutes=_minutes(options),
+            steps=options.steps,
+            seed=options.seed,
+            config=options.sac,
+            max_transitions=options.max_transitions,
+            resume=options.resume,
+            checkpoint_seconds=60 * options.checkpoint_minutes,
+            store_tasks=tasks if pairs else None,
+            options=asked,
+            console=console,
+        )
 
 
-def _planning(options: Options, asked: dict[str, Any]) -> Callable[[registry.Task], Source]:
-    """How to make the episodes of a task, in MuJoCo or in a world model; what was asked for goes into `asked`."""
-    names = ("world_model", "guide", "horizon", "samples")
-    chosen = {name: getattr(options, name) for name in names}
-    asked |= {"noise": list(options.noise_levels)}
-    asked |= {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
-    given = {name: value for name, value in chosen.items() if name in ("horizon", "samples") and value is not None}
+def _sources(pairs: list[tuple[registry.Task, str]], options: Options) -> list[Source]:
+    """What gives the episodes of each task."""
+    planning = _planning(options) if any(policy == "planning" for _, policy in pairs) else None
+    sources = []
+    for task, policy in pairs:
+        if policy == "expert":
+            sources.append(expert_source(task, options.seed, options.noise_levels))
+        elif policy == "planning":
+            assert planning is not None
+            sources.append(planning(task))
+        else:
+            sources.append(_random(task, options) if policy == "random" else _saved(task, policy, options))
+    return sources
+
+
+def _planning(options: Options) -> Callable[[registry.Task], Source]:
+    """How to make the episodes of a task, in MuJoCo or in a world model."""
+    given = {name: v for name in ("horizon", "samples") if (v := getattr(options, name)) is not None}
     if options.world_model is None:
         if options.guide is not None:
             raise ValueError("--guide is for planning in a world model; give --world-model too")
@@ -207,14 +231,14 @@ def _random(task: registry.Task, options: Options) -> Source:
     return policy_source(task, make, "random actions", options.seed, options.threads)
 
 
-def _saved(task: registry.Task, options: Options) -> Source:
-    policy = load_policy(options.policy)
+def _saved(task: registry.Task, path: str, options: Options) -> Source:
+    policy = load_policy(path)
     if (policy.obs_dim, policy.action_dim) != (task.obs_dim, task.action_dim):
         raise ValueError(
-            f"{options.policy} is a policy for {policy.task} ({policy.obs_dim} observations, {policy.action_dim} "
+            f"{path} is a policy for {policy.task} ({policy.obs_dim} observations, {policy.action_dim} "
             f"actions); task {task.name} has {task.obs_dim} and {task.action_dim}"
         )
-    title = f"policy {options.policy}, noise {options.noise:g}"
+    title = f"policy {path}, noise {options.noise:g}"
     make = lambda seed: NoisyPolicy(policy, options.noise, seed)  # noqa: E731
     return policy_source(task, make, title, options.seed, options.threads)
 
@@ -234,21 +258,6 @@ def _collect_shac(tasks: list[registry.Task], options: Options, console: Console
         max_transitions=options.max_transitions,
         best_episodes=options.episodes,
         evaluation_episodes=options.evaluation_episodes,
-        resume=options.resume,
-        checkpoint_seconds=60 * options.checkpoint_minutes,
-        console=console,
-    )
-
-
-def _collect_sac(tasks: list[registry.Task], options: Options, console: Console) -> None:
-    collect_sac(
-        options.out,
-        tasks,
-        minutes=_minutes(options),
-        steps=options.steps,
-        seed=options.seed,
-        config=options.sac,
-        max_transitions=options.max_transitions,
         resume=options.resume,
         checkpoint_seconds=60 * options.checkpoint_minutes,
         console=console,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -140,23 +140,30 @@ def physics_source(
     def batch(first: int, count: int) -> Iterator[tuple[str, Episode]]:
         numbers = range(first, first + count)
         jobs = [(task.name, derived_seed(seed, n), noise_level(levels, n), config, hold, bool(n % 2)) for n in numbers]
-        made = map(_job, jobs) if processes == 1 else _pool(processes).map(_job, jobs)
+        made = map(_job, jobs) if processes == 1 else _in_processes(processes, jobs)
         return ((noise_phase(title, level), episode) for (_, _, level, *_), episode in zip(jobs, made))
 
     return Source(task, title, batch)
 
 
 def _job(job: tuple[str, int, float, MPPIConfig, int, bool]) -> Episode:
-    name, *rest = job
-    return plan_episode(registry.get(name), *rest)
+    name, seed, level, config, hold, smooth = job
+    return plan_episode(registry.get(name), seed, level, config, hold, smooth)
+
+
+def _in_processes(processes: int, jobs: list[tuple[str, int, float, MPPIConfig, int, bool]]) -> Iterator[Episode]:
+    """Ctrl-C goes to all processes of a terminal, but is for the one that holds the store, which stops after the batch.
+
+    What is blocked here stays blocked in processes that start here, from their first instruction on.
+    """
+    resource_tracker.ensure_running()  # now, for when it starts it unblocks
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return _pool(processes).map(_job, jobs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @cache
 def _pool(processes: int) -> ProcessPoolExecutor:
-    """Ctrl-C is for the process that holds the store: it stops after the batch."""
-    return ProcessPoolExecutor(processes, get_context("spawn"), _prepare)
-
-
-def _prepare() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))

@@ -23,6 +23,7 @@ from pwm_fast.data.collect import derived_seed, note_options, one_torch_thread, 
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.recording import Recording
 from pwm_fast.envs.evaluation import Episode
+from pwm_fast.envs.extras import import_extra
 from pwm_fast.envs.registry import Task
 from pwm_fast.progress import Interrupt, Progress
 from pwm_fast.state_files import load_state, save_state
@@ -41,39 +42,48 @@ def collect_sac(
     max_transitions: int = 2_000_000,
     resume: bool = False,
     checkpoint_seconds: float = 60.0,
+    store_tasks: Sequence[Task] | None = None,
+    options: dict[str, Any] | None = None,
     console: Console | None = None,
 ) -> None:
     """Train SAC on each task for `minutes` or `steps` (whichever is over first, to the end of an episode) and record
     every episode.
 
     A larger budget than before goes on where the smaller one ended. Each task has an equal share of `max_transitions`,
-    and training ends where it is full: a replay that is not whole could not be resumed.
+    and training ends where it is full: a replay that is not whole could not be resumed. `store_tasks` are all the tasks
+    of a store that holds the others' episodes already, `options` what its notes say was asked for.
     Raises Interrupted after Ctrl-C, with everything up to the end of the episode saved; FileExistsError or
     FileNotFoundError for an `out` that does not suit `resume`; ValueError for other options than the collection was
     begun with and for tasks whose own physics has gradients (dflex: SHAC); MissingExtra without Stable-Baselines3.
     """
     out, config = Path(out), config or SACConfig()
-    if minutes is None and steps is None:
-        raise ValueError("SAC needs a budget: give --steps or --minutes")
-    for task in tasks:
-        if task.suite == "dflex":
-            raise ValueError(f"{task.name} is differentiable and SHAC learns it far faster: use --policy shac")
-    refuse_mismatch(out, resume)
-    state = _read_state(out) if resume else {"tasks": {}}
-    if resume:
+    refuse_without_sac(tasks, minutes, steps)
+    if store_tasks is None:
+        refuse_mismatch(out, resume)
+    begun = resume and (store_tasks is None or (out / FOLDER / CHECKPOINT).is_file())
+    state = _read_state(out) if begun else {"tasks": {}}
+    if begun:
         Recording.rewind(out, state["recording"])
+    append = resume or store_tasks is not None
     with (
-        Recording(out, tasks, max_transitions=max_transitions, append=resume) as recording,
+        Recording(out, store_tasks or tasks, max_transitions=max_transitions, append=append) as recording,
         Interrupt() as interrupt,
         one_torch_thread(),
     ):
-        settings = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(config).items()}
-        options = {"task": [task.name for task in tasks], "policy": "sac", "seed": seed, "sac": settings}
-        note_options(recording, options, resume)
-        if resume:
+        asked = {"task": [task.name for task in tasks], "policy": "sac", "seed": seed}
+        note_options(recording, options or {**asked, "sac": settings(config)}, append)
+        if begun:
             recording.load_state_dict(state["recording"])
-        share = max_transitions // len(tasks)
+        elif append:  # without a checkpoint nobody could tell the others' episodes from SAC's
+            recording.adopt("")
+            _save_state(out, recording, state["tasks"])
+        share = max_transitions // len(recording.tasks)
         for number, task in enumerate(tasks):
+            if share < task.episode_length:
+                raise ValueError(
+                    f"max_transitions must leave room for an episode of {task.episode_length} steps of each task, got "
+                    f"{max_transitions} for {len(recording.tasks)} tasks"
+                )
             budget = _Budget(minutes, steps, share - task.episode_length)
             training = SACTraining(task, config, derived_seed(seed, number), budget.total + task.episode_length)
             run = _Run(out, recording, training, state["tasks"], budget, checkpoint_seconds, interrupt)
@@ -141,8 +151,7 @@ class _Run:
         """Commit the store, then write the checkpoint that belongs to this commit."""
         self.recording.commit()
         self.states[self.training.task.name] = self.training.state_dict()
-        (self.out / FOLDER).mkdir(exist_ok=True)
-        save_state(self.out / FOLDER / CHECKPOINT, {"tasks": self.states, "recording": self.recording.state_dict()})
+        _save_state(self.out, self.recording, self.states)
 
     def _recorded(self) -> Iterator[Episode]:
         """This task's episodes in the store, without their padding."""
@@ -151,6 +160,27 @@ class _Run:
             columns = store.episode(int(index))
             obs, action = columns["obs"][:, : task.obs_dim], columns["action"][:, : task.action_dim]
             yield Episode(obs, action, columns["reward"], bool(columns["terminated"][-1]))
+
+
+def settings(config: SACConfig) -> dict[str, Any]:
+    """The configuration as a store's notes hold it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def refuse_without_sac(tasks: Sequence[Task], minutes: float | None, steps: int | None) -> None:
+    """Raises ValueError for a training without end and for tasks that SHAC learns far faster, MissingExtra without
+    Stable-Baselines3."""
+    if minutes is None and steps is None:
+        raise ValueError("SAC needs a budget: give --steps or --minutes")
+    for task in tasks:
+        if task.suite == "dflex":
+            raise ValueError(f"{task.name} is differentiable and SHAC learns it far faster: use --policy shac")
+    import_extra("stable_baselines3", "baselines")
+
+
+def _save_state(out: Path, recording: Recording, tasks: dict[str, Any]) -> None:
+    (out / FOLDER).mkdir(exist_ok=True)
+    save_state(out / FOLDER / CHECKPOINT, {"tasks": tasks, "recording": recording.state_dict()})
 
 
 def _read_state(out: Path) -> dict[str, Any]:

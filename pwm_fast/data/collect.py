@@ -171,19 +171,21 @@ def collect_episodes(
     batch: int = 64,
     max_transitions: int = 2_000_000,
     resume: bool = False,
+    tasks: Sequence[Task] | None = None,
     console: Console | None = None,
 ) -> Recording:
     """Record `episodes` episodes of each source into a new store, or continue one; the closed recording tells what is
     in it.
 
-    `options` says what was asked for: it is noted in the store, and a resumed run must be given the same. Of the cap
-    `max_transitions`, each source has an equal share, and what earlier ones left.
+    `options` says what was asked for: it is noted in the store, and a resumed run must be given the same. `tasks` are
+    all that the store is for, where others than the sources' come later. Of the cap `max_transitions`, each task has
+    an equal share, and what earlier ones left.
     Raises Interrupted after Ctrl-C with all whole batches committed, FileExistsError, FileNotFoundError, StoreError,
     and ValueError for other options than before.
     """
     out = Path(out)
     refuse_mismatch(out, resume)
-    tasks = [source.task for source in sources]
+    tasks = tasks or [source.task for source in sources]
     with (
         Recording(out, tasks, max_transitions=max_transitions, append=resume) as recording,
         Interrupt() as interrupt,
@@ -194,7 +196,7 @@ def collect_episodes(
             recording.adopt(sources[0].title)
         done = recording.notes.setdefault("episodes_done", {})
         for number, source in enumerate(sources):
-            recording.max_transitions = max_transitions * (number + 1) // len(sources)
+            recording.max_transitions = max_transitions * (number + 1) // len(tasks)
             recording.full = False
             _record(recording, source, done, episodes, batch, interrupt, console)
             if interrupt:

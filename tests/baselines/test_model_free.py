@@ -129,6 +129,37 @@ def test_several_tasks_train_one_after_the_other(tmp_path: Path, monkeypatch: py
     same(collect(tmp_path / "parts", 400, tasks, resume=True), uninterrupted)
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_other_policies_episodes_and_sac_share_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call, last: int
+):
+    """Random episodes of one task, then SAC on another: killed before (0) or after SAC's first episode is saved."""
+    arguments = ["--task", "hopper", "gym:Pendulum-v1", "--policy", "random", "sac", "--episodes", 4, "--num-envs", 4]
+    arguments += ["--steps", 400, "--sac.units", 8, "--sac.batch-size", 8, "--sac.random-steps", 300, "--threads", 1]
+    arguments += ["--checkpoint-minutes", 1e-9]
+    assert call("collect", *arguments, "--out", tmp_path / "whole") == 0
+    uninterrupted = EpisodeStore.open(tmp_path / "whole")
+    assert [phase for phase, _ in uninterrupted.meta["collect"]["order"]][:2] == [
+        "hopper: random actions", "gym:Pendulum-v1: random actions"
+    ]  # fmt: skip
+    assert (uninterrupted.num_episodes, uninterrupted.obs_dim, uninterrupted.action_dim) == (6, 11, 3)
+    assert uninterrupted.episode_task.tolist() == [0, 0, 0, 0, 1, 1]
+    original, calls = SACTraining.episode, []
+
+    def dying(self):
+        calls.append(None)
+        if len(calls) > last:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SACTraining, "episode", dying)
+        assert call("collect", *arguments, "--out", tmp_path / "parts") == 130
+    assert EpisodeStore.open(tmp_path / "parts").num_episodes == 4 + last
+    assert call("collect", *arguments, "--out", tmp_path / "parts", "--resume") == 0
+    same(EpisodeStore.open(tmp_path / "parts"), uninterrupted)
+
+
 def test_a_larger_budget_goes_on(tmp_path: Path, whole: EpisodeStore):
     collect(tmp_path / "store", 500)
     longer = collect(tmp_path / "store", 1000, resume=True)
@@ -139,6 +170,9 @@ def test_a_larger_budget_goes_on(tmp_path: Path, whole: EpisodeStore):
 def test_training_ends_where_the_store_is_full(tmp_path: Path):
     store = collect(tmp_path / "store", 10_000, max_transitions=650)
     assert store.num_transitions == 600, "another episode might not fit"
+    with pytest.raises(ValueError, match="room for an episode of 200 steps of each task, got 150 for 1 tasks"):
+        collect(tmp_path / "other", 10_000, max_transitions=150)
+    assert not (tmp_path / "other").exists()
 
 
 def test_refusals_name_the_mend(tmp_path: Path, whole: EpisodeStore):

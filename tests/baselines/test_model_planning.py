@@ -105,7 +105,7 @@ def test_the_command_records_planning(tiny_world_model: Path, run: tuple[Path, E
     assert call("collect", *arguments, "--out", out) == 0
     store = EpisodeStore.open(out)
     notes = store.meta["collect"]
-    assert store.num_episodes == 4 and notes["noise"] == [0.0, 0.5] and notes["samples"] == 24
+    assert store.num_episodes == 4 and notes["noise_levels"] == [0.0, 0.5] and notes["samples"] == 24
     assert [phase for phase, _ in notes["order"]] == [f"planning in the world model, noise {n}" for n in ("0", "0.5")]
 
 
@@ -122,6 +122,8 @@ def test_the_command_records_planning(tiny_world_model: Path, run: tuple[Path, E
         (["--task", "cup-spin", "--policy", "planning", "--world-model", "no.pt"], "no.pt does not exist"),
         (["--task", "mw-reach", "mw-reach", "--policy", "expert"], "tasks must differ"),
         (["--task", "--policy", "random"], "must name at least one task"),
+        (["--task", "hopper", "ant", "--policy", "random", "random", "sac"], "one for each, got 3 policies"),
+        (["--task", "mw-reach", "hopper", "--policy", "expert", "sac", "--steps", "9"], "use --policy shac"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_mend(arguments: list[str], message: str, call, capsys, tmp_path: Path):

@@ -1,6 +1,12 @@
 """Planning in MuJoCo: what is tried out is what would happen, and the environment does not notice."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +15,7 @@ pytest.importorskip("dm_control", reason="dm_control is not installed: pip insta
 
 from pwm_fast.baselines.mppi import MPPIConfig
 from pwm_fast.baselines.physics_planning import PhysicsModel, physics_source, plan_episode
+from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode
 
@@ -103,6 +110,23 @@ def test_actions_are_held_and_noise_is_blended_in():
     assert (held == held[:, :1]).all() and (held[1:, 0] != held[:-1, 0]).all()
     noisy = plan_episode(task, seed=1, config=TINY, hold=5, level=0.5).action
     assert len(np.unique(noisy)) == 20
+
+
+def test_ctrl_c_reaches_only_the_store(tmp_path: Path, command_environment: dict[str, str]):
+    """To all processes of the terminal, while those of the pool are still starting: the batch is saved."""
+    out = tmp_path / "store"
+    arguments = ["--task", "cartpole-swingup", "--policy", "planning", "--noise-levels", "1", "--episodes", "400"]
+    command = [sys.executable, "-m", "pwm_fast.collect", *arguments, "--processes", "2", "--out", str(out)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=command_environment, start_new_session=True, **streams)
+    assert process.stdout is not None
+    while "planning in MuJoCo" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 130 and "--resume" in error.strip().splitlines()[-1], error
+    assert EpisodeStore.open(out).num_episodes in range(4, 397, 4)
 
 
 @pytest.mark.parametrize(("name", "mend"), [("mw-reach", "expert"), ("hopper", "shac"), ("gym:Pendulum-v1", "sac")])
