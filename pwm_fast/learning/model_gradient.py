@@ -39,7 +39,7 @@ class ModelGradient:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self._encoder = None if model.config.residual else TrainedNetwork(model._encoder, dtype)
         self._dynamics, self._reward = TrainedNetwork(model._dynamics, dtype), TrainedNetwork(model._reward, dtype)
-        self._termination = TrainedNetwork(model._termination, dtype) if model.has_termination else None
+        self._termination = None if model._termination is None else TrainedNetwork(model._termination, dtype)
 
     @torch.no_grad()
     def __call__(self, windows: Windows, config: PretrainingConfig) -> dict[str, Tensor]:
@@ -58,26 +58,31 @@ class ModelGradient:
         if self._termination is not None:
             terms["termination"] = self._terminations(windows, z, e, weight, config, dz[1:], de)
         self._back_through_time(dz, de)
-        if windows.task is not None:
+        if windows.task is not None and de is not None:
             self._back_to_embedding(windows.task, de)
         total = sum(getattr(config, f"{name}_coef") * value for name, value in terms.items())
         return {"total": total, **terms}
 
     def _embedding(self, task: Tensor) -> Tensor:
         """`WorldModel.task_embedding`, by operations that a device without data can trace."""
-        rows = self.model._task_emb.weight.detach().index_select(0, task)
+        rows = self._table().detach().index_select(0, task)
         return rows * (1.0 / (rows.norm(dim=-1, keepdim=True) + EMBEDDING_EPS)).clamp(max=1.0)
 
     def _back_to_embedding(self, task: Tensor, de: Tensor) -> None:
         """Through e = w s with s = 1 / (|w| + eps), where that is below 1: dw = s de - (s^2 / |w|) (w . de) w."""
-        weight = self.model._task_emb.weight
+        weight = self._table()
         # a product with one-hot rows adds up in one order on every device
         member = (task == torch.arange(len(weight), device=task.device)[:, None]).to(de.dtype)  # [T, B]
         de, w = member @ de, weight.detach()
         norm = w.norm(dim=1, keepdim=True)
         scale = 1.0 / (norm + EMBEDDING_EPS)
         along = scale.square() / norm * (w * de).sum(1, keepdim=True) * w
+        assert weight.grad is not None
         weight.grad.copy_(torch.where(scale < 1.0, scale * de - along, de))
+
+    def _table(self) -> Tensor:
+        assert self.model._task_emb is not None
+        return self.model._task_emb.weight
 
     def _imagine(self, windows: Windows, e: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Encodings [H+1, B, Z] of what was observed, the networks' inputs [z, e, a] of all steps [H, B, .], and the

@@ -82,8 +82,13 @@ class Windows:
 
     def to(self, device: str | torch.device) -> Windows:
         """The same on `device`; views of the same memory where they are there already."""
+        return self.map(lambda value: value.to(device))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Windows:
+        """What `function` makes of each tensor that is there."""
         parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Windows(**{name: None if value is None else value.to(device) for name, value in parts.items()})
+        done: dict[str, Any] = {name: None if value is None else function(value) for name, value in parts.items()}
+        return Windows(**done)
 
 
 class Pretraining:
@@ -95,7 +100,7 @@ class Pretraining:
     def __init__(self, model: WorldModel, config: PretrainingConfig, batch: Callable[[int], Windows]):
         self.model, self.config, self.batch = model, config, batch
         self.step_count = 0
-        parts = {True: {}, False: {}}  # the encoder's and the rest
+        parts: dict[bool, dict[str, nn.Parameter]] = {True: {}, False: {}}  # the encoder's and the rest
         for name, p in model.named_parameters():
             parts[name.startswith("_encoder.")][name] = p
         self.parameters = [p for part in parts.values() for p in part.values()]

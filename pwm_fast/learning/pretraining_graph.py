@@ -7,7 +7,6 @@ whose gradient is not finite changes nothing, and is reported when the ring is r
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +81,7 @@ class PretrainingGraph:
     @span("data")
     def _stage(self, batch: Windows) -> None:
         if self._windows is None:
-            parts: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Windows)}
-            device = self._slot.device
-            self._windows = Windows(**{k: None if v is None else v.to(device, copy=True) for k, v in parts.items()})
+            self._windows = batch.map(lambda value: value.to(self._slot.device, copy=True))
             return
         for field in fields(Windows):
             place, value = getattr(self._windows, field.name), getattr(batch, field.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from pwm_fast.data.episodes import EpisodeStore, StoreError, WindowSampler
 from pwm_fast.data.philox import random_bits
 from pwm_fast.data.prefetching import PrefetchingSampler
 from pwm_fast.data.store import SPLIT_STREAM
-from pwm_fast.envs.registry import Task
+
+if TYPE_CHECKING:  # environments bring packages that a machine which only trains need not have
+    from pwm_fast.envs.registry import Task
 
 SEED_STRIDE = 7919  # between the seeds of stores
 SAMPLED = 65_536  # steps of each task that statistics are made of

@@ -38,8 +38,9 @@ class TrainedNetwork:
     """
 
     def __init__(self, layers: nn.ModuleList, dtype: torch.dtype | None = None):
-        self._layers = layers
-        self._own = next(iter(layers.parameters())).dtype
+        self._parameters = [list(layer.parameters()) for layer in layers]  # weight, bias, and LayerNorm's two
+        self._simnorm_dims = [getattr(layer, "simnorm_dim", 0) for layer in layers]
+        self._own = self._parameters[0][0].dtype
         self.dtype = dtype or self._own
         self._memories: dict[int, list[_Memory]] = {}
         self._workspace = Workspace()
@@ -51,7 +52,8 @@ class TrainedNetwork:
         `columns`: of the inputs, where their gradient is wanted. `parts`: in how many parts the rows will come; for
         several, weights are brought once into the order in which products read them (where there is one).
         """
-        self._weights = [[p.detach().to(self.dtype)[None] for p in layer.parameters()] for layer in self._layers]
+        self._weights = [[p.detach().to(self.dtype)[None] for p in layer] for layer in self._parameters]
+        self._gradients = [[_gradient(p) for p in layer] for layer in self._parameters]
         if len(x) not in self._memories:
             self._memories[len(x)] = [self._memory(x, w) for w in self._weights]
         self._x, self._rows, self._columns = x[None], self._memories[len(x)], columns
@@ -59,10 +61,9 @@ class TrainedNetwork:
         self._onto = [wanted[0][:, columns], *wanted[1:]]  # what input gradients multiply by
         packs = parts > 1 and self.dtype is self._own
         self._packed = [(pack(w), pack(w_in.T)) if packs else (None, None) for w, w_in in zip(wanted, self._onto)]
-        for layer in self._layers:
-            if hasattr(layer, "ln"):  # summed over the parts, while weights are overwritten
-                layer.ln.weight.grad.zero_()
-                layer.ln.bias.grad.zero_()
+        for _, _, *ln in self._gradients:  # summed over the parts, while weights are overwritten
+            for gradient in ln:
+                gradient.zero_()
         return self._rows[-1].y[0]
 
     @staticmethod
@@ -79,19 +80,20 @@ class TrainedNetwork:
     def forward(self, rows: slice = EVERY) -> Tensor:
         """Outputs of these rows."""
         x = self._x[:, rows]
-        for layer, (weight, bias, *ln), m, (packed, _) in zip(self._layers, self._weights, self._rows, self._packed):
+        for i, (m, (weight, bias, *ln)) in enumerate(zip(self._rows, self._weights)):
+            packed = self._packed[i][0]
             if packed is None:
                 linear.forward(x, weight, bias, out=m.pre[:, rows])
             else:
                 packed.product(x[0], bias[0], out=m.pre[0, rows])
             if ln:
-                known = m.mean is not None and m.rstd is not None
-                place = (m.y[:, rows], *((m.mean[:, rows], m.rstd[:, rows]) if known else (None, None)))
-                if layer.simnorm_dim:
-                    _, *found = layernorm_simnorm.forward(m.pre[:, rows], *ln, layer.simnorm_dim, EPS, out=place)
+                statistics = (None, None) if m.mean is None or m.rstd is None else (m.mean[:, rows], m.rstd[:, rows])
+                place = (m.y[:, rows], *statistics)
+                if group := self._simnorm_dims[i]:
+                    _, *found = layernorm_simnorm.forward(m.pre[:, rows], *ln, group, EPS, out=place)
                 else:
                     _, *found = layernorm_mish.forward(m.pre[:, rows], *ln, EPS, out=place)
-                if not known:  # only the kernel knows in which precision it keeps them
+                if m.mean is None:  # only the kernel knows in which precision it keeps them
                     m.mean, m.rstd = (s.new_empty(m.pre.shape[:2]) for s in found)
                     m.mean[:, rows], m.rstd[:, rows] = found
             x = m.y[:, rows]
@@ -99,21 +101,21 @@ class TrainedNetwork:
 
     def backward(self, rows: slice = EVERY) -> None:
         """From `output_gradient` down to the first layer's `Linear`."""
-        for i in reversed(range(len(self._layers))):
-            layer, (_, _, *ln), m = self._layers[i], self._weights[i], self._rows[i]
+        for i in reversed(range(len(self._rows))):
+            (_, _, *ln), m = self._weights[i], self._rows[i]
             d = m.d[:, rows]
             if ln:
+                assert m.mean is not None and m.rstd is not None
                 saved = (m.pre[:, rows], m.mean[:, rows], m.rstd[:, rows], *ln)
                 place = d if self.dtype is self._own else None  # statistics in float32 may widen what torch returns
-                if layer.simnorm_dim:
-                    simnorm = layer.simnorm_dim
-                    dx, dgain, dshift = layernorm_simnorm.backward(d, m.y[:, rows], *saved, True, simnorm, out=place)
+                if group := self._simnorm_dims[i]:
+                    dx, dgain, dshift = layernorm_simnorm.backward(d, m.y[:, rows], *saved, True, group, out=place)
                 else:
                     dx, dgain, dshift = layernorm_mish.backward(d, *saved, True, out=place)
                 if dx is not d:
                     d.copy_(dx)
-                layer.ln.weight.grad += dgain[0]
-                layer.ln.bias.grad += dshift[0]
+                for gradient, found in zip(self._gradients[i][2:], (dgain, dshift)):
+                    gradient += found[0]
             if i:
                 self._through(i, rows, self._rows[i - 1].d[:, rows])
 
@@ -133,11 +135,16 @@ class TrainedNetwork:
     def weight_gradients(self, rows: slice = EVERY) -> None:
         """The weights' and biases' gradients from these rows alone, after `backward`."""
         x = self._x
-        for layer, m in zip(self._layers, self._rows):
-            d, inputs, weight, bias = m.d[:, rows], x[:, rows], layer.weight.grad, layer.bias.grad
+        for (weight, bias, *_), m in zip(self._gradients, self._rows):
+            d, inputs = m.d[:, rows], x[:, rows]
             if self.dtype is self._own:
                 linear.weight_grad(d, inputs, out=weight[None], bias_out=bias[None])
             else:
                 weight.copy_(linear.weight_grad(d, inputs)[0])
                 torch.sum(d[0], 0, dtype=self._own, out=bias)
             x = m.y
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "gradients are written in place"
+    return parameter.grad
