@@ -25,7 +25,8 @@ class NativeCriticEpoch:
         if not 1 <= minibatches <= rows:
             raise ValueError(f"minibatches must be between 1 and the {rows} rows, got {minibatches}")
         self._made_of = (
-            tuple(widths), dict(offsets), size, policies, critics, rows, epochs, minibatches, max_norm, betas, eps, norm_eps
+            tuple(widths), dict(offsets), size, policies, critics, rows, epochs, minibatches, max_norm, betas, eps,
+            norm_eps,
         )  # fmt: skip
         layers = [
             [inputs, outputs, *(offsets.get(f"{i}.{name}", 0) for name in ("weight", "bias", "ln.weight", "ln.bias"))]
