@@ -1,6 +1,27 @@
-"""The native matrix products against torch's and against what the core can do, shape by shape of extraction.
+"""The native matrix products against torch's and against what the core can do, shape by shape of extraction; the
+gradient step on them against plain autograd, against the explicit step on torch's products, and under torch.compile.
 
-    pytest bench/test_native.py -s
+    pytest bench/test_native.py -s                  # products, and steps without torch.compile
+    pytest bench/test_native.py -s -m slow          # torch.compile: minutes of warm-up
+
+Where a step's time goes on one Zen 3 core (AVX2, 103 GFLOP/s in registers; perf, CPU samples of the step alone):
+
+    of the step            1M     5M    48M
+    innermost products    60%    72%    79%
+    copies of operands     4%     5%     3%    (6-7% before weights, moments and states kept the products' order)
+    asking for panels      3%     2%     3%    (6% when each tile divided)
+    LayerNorm with Mish    9%     6%     4%
+    Adam and norms         3%     4%     2%
+    Python and torch      12%     5%     4%    (critics: one call a step, not 128)
+
+The innermost product alone, operands in the first-level cache, runs at 99% of the peak; what it misses in a step is the
+wait for the second- and third-level caches. The ceiling, all products at the peak and all else free, is the ratio that
+bench/test_extraction.py prints beside each size: 3.3 at 48M, 3.7 at 5M, 5.4 at 1M. Ratios of 4.5 and 5 in float32 need
+fewer multiplications, not faster ones.
+
+Products at 64 rows reach 85 to 91% of the peak with packed weights, 256 rows 88 to 94%. What misses 90%: 64 rows on
+weights beyond the second-level cache (1792 wide: each weight is used by 11 tiles and comes from the third level or
+memory), and products that copy a transposed operand which is used once (actors' weights, weight gradients).
 
 The peak is a loop of multiply-adds in registers, timed in turn with the products: on a shared core it moves with them.
 Times are CPU seconds of this thread. `best` is the fastest of many calls; `mean`, over all of them, includes what other
@@ -9,16 +30,29 @@ work on the core takes from both. Every product is compared with float64 before 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+from test_extraction import (
+    MIN_COSINE,
+    NaiveExtraction,
+    actor_gradient_cosine,
+    batch,
+    cpu_seconds,
+    make_world_model,
+)
+
 from pwm_fast import backend
 from pwm_fast.kernels import gemm, linear
+from pwm_fast.learning.extraction import PRESETS, Extraction
 
 pytestmark = [
     pytest.mark.skipif(backend.native is None, reason=f"no native module: {backend.native_reason}"),
@@ -27,6 +61,7 @@ pytestmark = [
 CRITICS = [(256, 512, 400), (256, 768, 400), (256, 400, 200)]  # rows, inputs, outputs of three critics at 5M and 48M
 FROZEN = [(64, 512, 512), (64, 518, 512), (64, 512, 518), (64, 1792, 1792), (64, 774, 1792), (1024, 512, 512),
           (1024, 512, 101), (1024, 1792, 1792)]  # fmt: skip
+STEPS = {"1M": 3, "5M": 2, "48M": 1}  # steps of each kind in a round
 ROUNDS = 100_000  # of the peak's loop, some 0.2 ms
 SECONDS = 0.4  # of CPU time for all calls of one row of the table
 
@@ -120,3 +155,74 @@ def test_packed_weights(rows: int, inputs: int, outputs: int, record_property: C
         torchs = partial(torch.addmm, bias, x, weight.T, out=y)
         ratio = report(name, flop, partial(packed.product, x, bias, out=y), torchs)
     record_property(f"packed_{rows}x{inputs}x{outputs}_ratio", ratio)
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, name: str, step: Callable[[], object]) -> Callable[[], object]:
+    """The step with its backend forced while it runs."""
+
+    def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv(backend.VARIABLE, name)
+            step()
+
+    return run
+
+
+def wall_seconds(step: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", STEPS)
+def test_steps(size: str, threads: int, monkeypatch: pytest.MonkeyPatch, record_property: Callable) -> None:
+    """The step of `published-code` on native products, on torch's, and as plain autograd.
+
+    CPU seconds on one thread; on two the time of day, which other work on the machine lengthens.
+    """
+    assert actor_gradient_cosine(size, "published-code") > MIN_COSINE
+    model, preset = make_world_model(size), PRESETS["published-code"]
+    native, eager = (Extraction(model, preset, task_ids=[3]) for _ in range(2))
+    naive, (obs, noise) = NaiveExtraction(model, native), batch()
+    steps = {
+        "autograd": lambda: naive.step(obs[0], noise[0]),
+        "torch": forced(monkeypatch, "torch", lambda: eager.step(obs)),
+        "native": forced(monkeypatch, "native", lambda: native.step(obs)),
+    }
+    measure, before = cpu_seconds if threads == 1 else wall_seconds, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rounds = [{name: measure(step, STEPS[size]) for name, step in steps.items()} for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    best = {name: min(r[name] for r in rounds) for name in steps}
+    print(
+        f"\n  step at {size}, {threads} threads: autograd {1e3 * best['autograd']:.0f} ms; on torch's products "
+        f"{1e3 * best['torch']:.0f} ms, ratio {best['autograd'] / best['torch']:.2f}; native "
+        f"{1e3 * best['native']:.0f} ms, ratio {best['autograd'] / best['native']:.2f}",
+        end="",
+    )
+    for name, seconds in best.items():
+        record_property(f"{size}_{threads}_{name}_ms", 1e3 * seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", STEPS)
+def test_compiled_step(size: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable) -> None:
+    """The explicit step on torch's operations under torch.compile, against the native one; its warm-up is reported."""
+    model, preset = make_world_model(size), PRESETS["published-code"]
+    native, explicit = (Extraction(model, preset, task_ids=[3]) for _ in range(2))
+    obs, _ = batch()
+    compiled = forced(monkeypatch, "torch", partial(torch.compile(explicit.step), obs))
+    warm_up = sum(cpu_seconds(compiled, 1) for _ in range(2))
+    steps = {"compiled": compiled, "native": lambda: native.step(obs)}
+    rounds = [{name: cpu_seconds(step, STEPS[size]) for name, step in steps.items()} for _ in range(4)]
+    best = {name: min(r[name] for r in rounds) for name in steps}
+    print(
+        f"\n  step at {size}: compiled {1e3 * best['compiled']:.0f} ms after {warm_up:.0f} CPU seconds of warm-up, "
+        f"native {1e3 * best['native']:.0f} ms, ratio {best['compiled'] / best['native']:.2f}",
+        end="",
+    )
+    record_property(f"{size}_compiled_ratio", best["compiled"] / best["native"])

@@ -25,7 +25,8 @@ class NativeCriticEpoch:
         if not 1 <= minibatches <= rows:
             raise ValueError(f"minibatches must be between 1 and the {rows} rows, got {minibatches}")
         self._made_of = (
-            tuple(widths), dict(offsets), size, policies, critics, rows, epochs, minibatches, max_norm, betas, eps, norm_eps
+            tuple(widths), dict(offsets), size, policies, critics, rows, epochs, minibatches, max_norm, betas, eps,
+            norm_eps,
         )  # fmt: skip
         layers = [
             [inputs, outputs, *(offsets.get(f"{i}.{name}", 0) for name in ("weight", "bias", "ln.weight", "ln.bias"))]
@@ -53,7 +54,7 @@ class NativeCriticEpoch:
         `order` [P, epochs, R] int64 is each epoch's order of the rows; the moments m and v [P, K size] and the steps
         [P] int64 go on, in place; rates lr and `active` bool are [P]. Returns, per policy [P]: the squared error
         averaged over critics, rows and steps, the last gradient norm before clipping, and who is still active. Raises
-        ValueError on other shapes or layouts, TypeError on other types.
+        ValueError on other shapes, layouts or rows, TypeError on other types.
         """
         active, targets, order, lr = active.clone(), targets.contiguous(), order.contiguous(), lr.contiguous()
         given = {"flat": flat, "m": m, "v": v, "x": x, "targets": targets, "order": order, "lr": lr, "step": step,
@@ -68,6 +69,9 @@ class NativeCriticEpoch:
                 raise ValueError(
                     f"{name} must be contiguous {self._shapes[name]}, got {tuple(tensor.shape)}, {tensor.stride()}"
                 )
+        first, last = (int(i) for i in order.aminmax())
+        if first < 0 or last >= x.shape[1]:
+            raise ValueError(f"order must name rows 0 to {x.shape[1] - 1}, got {first} to {last}")
         loss, norm = torch.empty_like(lr), torch.empty_like(lr)
         self._kernel.run(
             flat.data_ptr(), m.data_ptr(), v.data_ptr(), x.data_ptr(), x.stride(1), x.stride(0), targets.data_ptr(),

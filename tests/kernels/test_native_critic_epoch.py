@@ -188,5 +188,7 @@ def test_what_does_not_fit_is_named() -> None:
         case.run(targets=case.targets[:, 1:])
     with pytest.raises(TypeError, match=r"order must be torch.int64 on the cpu, got torch.int32"):
         case.run(order=case.order.int())
+    with pytest.raises(ValueError, match=r"order must name rows 0 to 22, got 1 to 23"):
+        case.run(order=case.order + 1)
     with pytest.raises(ValueError, match=r"minibatches must be between 1 and the 23 rows, got 24"):
         Case(parts=24).plan()
