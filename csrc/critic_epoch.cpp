@@ -13,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "critic_panels.hpp"
@@ -80,6 +81,12 @@ public:
     void run(Address flat, Address m, Address v, Address x, int64_t x_row, int64_t x_policy, Address targets,
              Address orders, Address lr, Address steps, Address active, Address loss, Address norm, int threads) {
         const std::lock_guard<std::mutex> only_one(busy_);
+        const auto* order = at<const int64_t>(orders);
+        const auto [first, last] = std::minmax_element(order, order + policies_ * epochs_ * rows_);
+        if (*first < 0 || *last >= rows_) {
+            throw std::invalid_argument("order must name rows 0 to " + std::to_string(rows_ - 1) + ", got " +
+                                        std::to_string(*first) + " to " + std::to_string(*last));
+        }
         const Arrays arrays{at(flat), at(m), at(v), at(x), at(targets), x_row, x_policy, at<int64_t>(orders), at(lr),
                             at<int64_t>(steps), at<bool>(active), at(loss), at(norm)};
         const CriticPanels panels(layers_, gemm_table());

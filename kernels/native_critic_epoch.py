@@ -69,9 +69,6 @@ class NativeCriticEpoch:
                 raise ValueError(
                     f"{name} must be contiguous {self._shapes[name]}, got {tuple(tensor.shape)}, {tensor.stride()}"
                 )
-        first, last = (int(i) for i in order.aminmax())
-        if first < 0 or last >= x.shape[1]:
-            raise ValueError(f"order must name rows 0 to {x.shape[1] - 1}, got {first} to {last}")
         loss, norm = torch.empty_like(lr), torch.empty_like(lr)
         self._kernel.run(
             flat.data_ptr(), m.data_ptr(), v.data_ptr(), x.data_ptr(), x.stride(1), x.stride(0), targets.data_ptr(),
