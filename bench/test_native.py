@@ -12,17 +12,18 @@ Where a step's time goes on one Zen 3 core (AVX2, 103 GFLOP/s in registers; perf
     their panels, ahead    2%     2%     3%    (6% when every tile divided)
     LayerNorm with Mish   11%     6%     4%
     Adam and norms         4%     4%     2%
-    Python and torch       9%     5%     4%    (14%, 9% and 6% when each minibatch was four calls)
+    Python and torch       9%     5%     4%    (14% and 6% at 1M and 48M with calls per minibatch)
 
-The innermost product alone, operands in the first-level cache, runs at 99% of the peak; in a step it waits for the second
-and third levels and reaches 80 to 88%. The ceiling, all products at the peak and all else free, is the ratio that
-bench/test_extraction.py prints beside each size: 5.4 at 1M, 3.7 at 5M, 3.3 at 48M. Ratios of 5 and 4.5 in float32 need
-fewer multiplications, not faster ones.
+The innermost product alone, operands in the first-level cache, runs at 99% of the peak; in a step it waits for the
+second and third levels and reaches 80 to 88%. The ceiling, all products at the peak and all else free, is the ratio
+that bench/test_extraction.py prints beside each size: 5.4 at 1M, 3.7 at 5M, 3.3 at 48M. Ratios of 5 and 4.5 in float32
+need fewer multiplications, not faster ones.
 
-In quiet moments products of 64 rows on packed weights reach 83 to 91% of the peak, of 256 rows 87 to 94%; with other work
-on the machine's caches 71 to 91% and 75 to 86%, torch always less. What misses 90%: 64 rows on weights of megabytes, each
-of which comes from the third level or from memory for 11 tiles; and operands that are copied for one product (actors'
-weights, gradients by weights). Reading A's rows in place of a copy was slower, 0.90 to 0.99 (six streams for one).
+In quiet moments products of 64 rows on packed weights reach 83 to 91% of the peak, of 256 rows 87 to 94%; with other
+work on the machine's caches 71 to 91% and 75 to 86%, torch always less. What misses 90%: 64 rows on weights of
+megabytes, each of which comes from the third level or from memory for 11 tiles; and operands that are copied for one
+product (actors' weights, gradients by weights). Reading A's rows where they lie, without a copy, was slower: 0.90 to
+0.99 of the speed, six streams for one.
 
 The peak is a loop of multiply-adds in registers, timed in turn with the products: on a shared core it moves with them.
 Times are CPU seconds of this thread. `best` is the fastest of many calls; `mean`, over all of them, includes what other
