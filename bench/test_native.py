@@ -4,24 +4,26 @@ gradient step on them against plain autograd, against the explicit step on torch
     pytest bench/test_native.py -s                  # products, and steps without torch.compile
     pytest bench/test_native.py -s -m slow          # torch.compile: minutes of warm-up
 
-Where a step's time goes on one Zen 3 core (AVX2, 103 GFLOP/s in registers; perf, CPU samples of the step alone):
+Where a step's time goes on one Zen 3 core (AVX2, 103 GFLOP/s in registers; perf, samples of the step alone):
 
     of the step            1M     5M    48M
-    innermost products    60%    72%    79%
-    copies of operands     4%     5%     3%    (6-7% before weights, moments and states kept the products' order)
-    asking for panels      3%     2%     3%    (6% when each tile divided)
-    LayerNorm with Mish    9%     6%     4%
-    Adam and norms         3%     4%     2%
-    Python and torch      12%     5%     4%    (critics: one call a step, not 128)
+    innermost products    63%    73%    80%
+    copies of operands     7%     5%     3%
+    their panels, ahead    2%     2%     3%    (6% when every tile divided)
+    LayerNorm with Mish   11%     6%     4%
+    Adam and norms         4%     4%     2%
+    Python and torch       9%     5%     4%    (14% and 6% at 1M and 48M with calls per minibatch)
 
-The innermost product alone, operands in the first-level cache, runs at 99% of the peak; what it misses in a step is the
-wait for the second- and third-level caches. The ceiling, all products at the peak and all else free, is the ratio that
-bench/test_extraction.py prints beside each size: 3.3 at 48M, 3.7 at 5M, 5.4 at 1M. Ratios of 4.5 and 5 in float32 need
-fewer multiplications, not faster ones.
+The innermost product alone, operands in the first-level cache, runs at 99% of the peak; in a step it waits for the
+second and third levels and reaches 80 to 88%. The ceiling, all products at the peak and all else free, is the ratio
+that bench/test_extraction.py prints beside each size: 5.4 at 1M, 3.7 at 5M, 3.3 at 48M. Ratios of 5 and 4.5 in float32
+need fewer multiplications, not faster ones.
 
-Products at 64 rows reach 85 to 91% of the peak with packed weights, 256 rows 88 to 94%. What misses 90%: 64 rows on
-weights beyond the second-level cache (1792 wide: each weight is used by 11 tiles and comes from the third level or
-memory), and products that copy a transposed operand which is used once (actors' weights, weight gradients).
+In quiet moments products of 64 rows on packed weights reach 83 to 91% of the peak, of 256 rows 87 to 94%; with other
+work on the machine's caches 71 to 91% and 75 to 86%, torch always less. What misses 90%: 64 rows on weights of
+megabytes, each of which comes from the third level or from memory for 11 tiles; and operands that are copied for one
+product (actors' weights, gradients by weights). Reading A's rows where they lie, without a copy, was slower: 0.90 to
+0.99 of the speed, six streams for one.
 
 The peak is a loop of multiply-adds in registers, timed in turn with the products: on a shared core it moves with them.
 Times are CPU seconds of this thread. `best` is the fastest of many calls; `mean`, over all of them, includes what other

