@@ -3,7 +3,8 @@
 Over windows of H + 1 observations: latent consistency against stop-gradient encodings, soft cross-entropy of two-hot
 rewards, and binary cross-entropy of terminations where the model has that head; step h weighs rho^h. All H + 1
 observations are encoded in one batch and the heads see all H steps in one; only the rollout goes step by step, and its
-weight gradients are products over all steps again. Autograd's version is the definition, and lives in the tests.
+weight gradients are products over all steps again. Autograd's version is the definition, and lives in the tests; a step
+takes it 1.1 (80 tasks) to 1.4 times as long on one thread (AVX2, Zen 3, bench/test_pretraining.py).
 """
 
 from __future__ import annotations

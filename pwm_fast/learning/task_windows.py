@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # environments bring packages that a machine which only train
     from pwm_fast.envs.registry import Task
 
 SEED_STRIDE = 7919  # between the seeds of stores
+VARIES = 1e-4  # least deviation of an entry that is no constant
+LEAST_WITHIN = 0.1
 SAMPLED = 65_536  # steps of each task that statistics are made of
 
 
@@ -233,8 +235,11 @@ def _apportion(share: np.ndarray, batch: int) -> np.ndarray:
 def pooled_statistics(data: TaskData, seed: int) -> dict[str, Any]:
     """What normalisation and reports need, as `EpisodeStore.statistics` names it, each task weighing the same.
 
-    All of one store as one task has that store's statistics. Of others, mean and deviation are those of `SAMPLED` steps
-    of each task, and the reward's quantiles the outermost of any task.
+    All of one store as one task has that store's statistics. Of others they are those of `SAMPLED` steps of each task:
+    the mean of all, the deviation within tasks (of those in which an entry varies, but at least `LEAST_WITHIN` of that
+    of all, or what differs between tasks would be very large), and the outermost of the reward's quantiles. With the
+    deviation of all, what varies within a task is small beside what tells tasks apart: on mw-reach, mw-drawer-open and
+    cartpole-swingup together the 16-step latent error was 0.45 after 1400 steps, and is 0.10 after 1000.
     """
     first = data.parts[0]
     if len(data.parts) == 1 and len(first.training) + len(first.held_out) == first.store.num_episodes:
@@ -248,9 +253,13 @@ def pooled_statistics(data: TaskData, seed: int) -> dict[str, Any]:
         squares.append(np.square(obs).mean(0))
         quantiles.append(np.quantile(batch["reward"], (0.01, 0.99)))
     mean = np.mean(means, 0)
+    within = np.maximum(np.array(squares) - np.square(means), 0.0)  # [tasks, S]
+    varies = within > VARIES**2
+    own = (within * varies).sum(0) / np.maximum(varies.sum(0), 1)
+    whole = np.mean(squares, 0) - np.square(mean)
     return {
         "obs_mean": mean,
-        "obs_std": np.sqrt(np.maximum(np.mean(squares, 0) - np.square(mean), 1e-12)),
+        "obs_std": np.sqrt(np.maximum.reduce([own, LEAST_WITHIN**2 * whole, np.full_like(own, 1e-12)])),
         "reward_quantiles": {"0.01": float(np.min(quantiles)), "0.99": float(np.max(quantiles))},
         "returns": np.concatenate([returns(part) for part in data.parts]),
     }

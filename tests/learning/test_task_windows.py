@@ -141,13 +141,19 @@ def test_tasks_of_mt30_are_numbered_as_there_others_by_themselves() -> None:
     assert TaskSpace.of([get("mw-reach")]) == TaskSpace(("mw-reach",), (4,), 39, 4)
 
 
-def test_normalisation_weighs_every_task_alike(single, joined) -> None:
-    expected = np.mean([NUMBERS[name] for name in TASKS])
+def test_normalisation_weighs_every_task_alike_and_keeps_what_varies_within_one(single, joined) -> None:
+    numbers = [NUMBERS[name] for name in TASKS]
     for stores in (single, [joined]):
-        found = pooled_statistics(data_of(stores), seed=0)
-        assert found["obs_mean"][0] == pytest.approx(expected, rel=1e-6)
-        assert found["obs_std"][0] == pytest.approx(np.std([NUMBERS[name] for name in TASKS]), rel=1e-6)
-        assert found["obs_mean"][30] == pytest.approx(2 / 3 if stores is single else 1)  # cartpole's own has no such
+        data = data_of(stores)
+        found = pooled_statistics(data, seed=0)
+        mean, std = found["obs_mean"], found["obs_std"]
+        assert mean[0] == pytest.approx(np.mean(numbers), rel=1e-6)
+        assert std[0] == pytest.approx(0.1 * np.std(numbers), rel=1e-6)  # a constant of every task
+        assert std[2] == pytest.approx(np.std(np.arange(9)), rel=0.01)  # what varies in all alike
+        episodes = [np.var(part.training) for part in data.parts]
+        if stores is single:
+            assert std[1] == pytest.approx(np.mean(episodes) ** 0.5, rel=0.02)
+        assert mean[30] == pytest.approx(2 / 3 if stores is single else 1)  # cartpole's own store has no such entry
         assert len(found["returns"]) == 51 and found["returns"].max() == 36
         assert found["reward_quantiles"] == {"0.01": 0, "0.99": 8}
 
