@@ -167,8 +167,6 @@ def main(options: Options) -> int:
     summary, recorded = evaluate_run(folders[0], options.episodes, options.seed, options.threads)
     console.rule(Text(f"{summary['task']} ({folders[0]})", style="bold"), align="left")
     console.print(result_table(summary))
-    if "score" in summary:
-        console.print(Text(f"score {summary['score']:.1f} of 100"))
     console.print(Text(comparison(summary, recorded)))
     if options.gif:
         console.print(Text(f"wrote {write_gif(folders[0], summary)}"))

@@ -55,13 +55,12 @@ def test_a_folder_of_runs_gives_a_table_and_a_csv(runs: Path, tmp_path: Path, ca
     assert evaluate.runs_in([runs]) == evaluate.runs_in([runs / "mw-reach", runs / "pendulum-spin"])
 
 
-def test_one_run_shows_its_score_and_reproduces_its_summary(runs: Path, call, capsys):
+def test_one_run_has_its_score_and_reproduces_its_summary(runs: Path, call, capsys):
     summary, _ = evaluate.evaluate_run(runs / "pendulum-spin", episodes=1, seed=3)
     assert summary["score"] == pytest.approx(summary["return_mean"] / 10)
     (runs / "pendulum-spin" / "summary.json").write_text(json.dumps(summary))
     assert call("evaluate", runs / "pendulum-spin") == 0
-    shown = capsys.readouterr().out
-    assert "reproduces summary.json exactly" in shown and f"score {summary['score']:.1f} of 100" in shown
+    assert "reproduces summary.json exactly" in capsys.readouterr().out
 
 
 def test_the_rollout_of_the_evaluations_first_episode_is_drawn(runs: Path, call, monkeypatch):

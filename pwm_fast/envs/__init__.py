@@ -1,4 +1,4 @@
-"""Environments: the table of tasks, dflex's differentiable ones, dm_control, Meta-World, any of Gymnasium, and evaluation.
+"""Environments: the table of tasks, differentiable dflex, dm_control, Meta-World, Gymnasium's own, and evaluation.
 
 Importing this package registers the Gymnasium ids (``pwm_fast/Humanoid-v0`` and the like). Where importing is not at
 hand, Gymnasium does it for an id that names the module: ``gymnasium.make_vec("pwm_fast.envs:pwm_fast/Hopper-v0")``.
