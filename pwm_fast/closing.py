@@ -14,11 +14,12 @@ from rich.text import Text
 from pwm_fast import backend
 from pwm_fast.data.collect import one_torch_thread
 from pwm_fast.envs import registry
+from pwm_fast.envs.drawing import drawn_episode
 from pwm_fast.envs.evaluation import EpisodeResults, evaluate_population
 from pwm_fast.envs.scores import Aggregate, score_table
 from pwm_fast.learning.waves import Finished, Waves
 from pwm_fast.models.policy import Policy
-from pwm_fast.pictures import curve, rollout_gif, series
+from pwm_fast.pictures import curve, rollout_gif, series, write_gif
 from pwm_fast.progress import Phases
 from pwm_fast.results import files_table, print_closing, real_returns, result_table, summarise
 from pwm_fast.run_folder import SCORES, SUMMARY, RunFolder
@@ -37,6 +38,7 @@ class Settings:
     device: str
     precision: str
     finetune: bool
+    draw: bool = True  # pictures of MuJoCo's tasks too
 
 
 def close(
@@ -120,9 +122,11 @@ def close_task(
             if len(seeds) > 1:
                 folder.save_policy(f.policy, seed, place)
         folder.save_policy(finished[best].policy, task=place)
-        joint_q = results[best].joint_q
+        picture, joint_q = folder.file(place) / "rollout.gif", results[best].joint_q
         if joint_q is not None:
-            rollout_gif(folder.file(place) / "rollout.gif", task.name, joint_q)
+            rollout_gif(picture, task.name, joint_q)
+        elif settings.draw:
+            write_gif(picture, drawn_episode(task, finished[best].policy.act, SEED))
     cloned = [
         row["real_return"]
         for row in folder.metrics()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.text import Text
 
 from pwm_fast import backend
@@ -22,6 +23,7 @@ from pwm_fast.closing import Settings, close
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.packed import unpack
 from pwm_fast.envs import registry
+from pwm_fast.envs.drawing import prepare_drawing
 from pwm_fast.errors import check_device, positive, run_command
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import ExtractionConfig, preset
@@ -34,6 +36,7 @@ from pwm_fast.progress import Interrupt, Phases, Progress, make_console, resume_
 from pwm_fast.run_folder import RunFolder, latest_path, new_path
 from pwm_fast.shipped import Prepared, prepared
 
+DRAWN = 3  # tasks of a run, at most, whose episodes are drawn
 CLOSING_SECONDS = 40.0  # kept back for the last evaluation and the pictures
 PREPARATION_SHARE, PREPARATION_MINUTES = 0.7, 10.0  # of a run's time, where the world model has to be built first
 BUILT_SIZE = "1M"
@@ -135,6 +138,7 @@ def extract(options: Options, tasks: Sequence[str], given: WorldModel | None = N
     phases, console = Phases(), make_console()
     title = registry.get(tasks[0]).title if len(tasks) == 1 else f"{len(tasks)} tasks"
     minutes = options.minutes or (None if options.steps else 10.0)
+    draw = can_draw(tasks, console)
     label = tasks[0] if len(tasks) == 1 else "-".join(options.task)[:60]
     out = options.out or (latest_path(label) if options.resume else new_path(label))
     members = [Member(task, seed) for task in tasks for seed in range(options.seed, options.seed + options.seeds)]
@@ -166,9 +170,21 @@ def extract(options: Options, tasks: Sequence[str], given: WorldModel | None = N
         episodes, transitions = (sum(getattr(d, f"num_{kind}") for d in data) for kind in ("episodes", "transitions"))
         console.print(Text(f"data: {episodes:,} pieces of episodes, {transitions:,} transitions"))
         learn(waves, folder, phases, options, interrupt, title)
-        settings = Settings(title, options.threads, options.device, options.precision, options.finetune)
+        settings = Settings(title, options.threads, options.device, options.precision, options.finetune, draw)
         close(waves, folder, phases, settings, model.provenance.get("data", {}), console)
         return folder.path
+
+
+def can_draw(tasks: Sequence[str], console: Console) -> bool:
+    """Whether the run's end draws MuJoCo's tasks, which chooses its library before its first import; not of many."""
+    if not {registry.get(task).suite for task in tasks} <= {"dm_control", "metaworld"} or len(tasks) > DRAWN:
+        return False
+    try:
+        prepare_drawing()
+    except RuntimeError as error:
+        console.print(Text(f"no rollout.gif: {error}", style="yellow"))
+        return False
+    return True
 
 
 def make_wave(
