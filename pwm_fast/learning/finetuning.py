@@ -267,12 +267,12 @@ class ExtractionRounds:
 
         What it did on the way has taught the model and the critics, so the next attempt is another one.
         """
-        learner = self.extraction
+        learner, best = self.extraction, self._best_merit[i]
         if look.merit > self._best_merit[i]:
             self._best_merit[i], self.best_return[i] = look.merit, look.real_return
             self.best_policy[i] = policy.tensors()
             self._best_actor[i] = learner.actor_adam.snapshot(i) | {"value": learner.average[i].clone()}
-        elif self.cloned and look.merit < self.config.rollback * self._best_merit[i]:
+        elif self.cloned and look.merit < best - (1 - self.config.rollback) * abs(best):
             learner.actor_adam.restore(i, self._best_actor[i])
             learner.average[i] = self._best_actor[i]["value"]
             self.rollbacks[i] += 1

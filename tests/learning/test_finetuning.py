@@ -192,18 +192,19 @@ def test_success_ranks_before_return():
     assert merits == sorted(merits)
 
 
-def test_a_policy_that_lost_its_way_goes_back_to_its_best(job):
+@pytest.mark.parametrize("best, below, above", [(100.0, 96.0, 98.0), (-100.0, -104.0, -102.0)])
+def test_a_policy_that_lost_its_way_goes_back_to_its_best(job, best, below, above):
     work = job(steps=3, seeds=(0, 1))
     work.run()
     rounds, learner = work.rounds, work.rounds.extraction
     policies = learner.policies()
     rounds.cloned, rounds._best_merit[:] = True, [-np.inf, -np.inf]
     for i in range(2):
-        rounds._keep_best(i, look(100.0), policies[i])
+        rounds._keep_best(i, look(best), policies[i])
     before = [p.tensors() for p in learner.policies()]
     learner.actor.parameters.flat.add_(1.0)
-    rounds._keep_best(0, look(96.0), policies[0])  # below 97%: back
-    rounds._keep_best(1, look(98.0), policies[1])  # not below: stays as it is now
+    rounds._keep_best(0, look(below), policies[0])  # more than 3% below: back
+    rounds._keep_best(1, look(above), policies[1])  # not below: stays as it is now
     after = [p.tensors() for p in learner.policies()]
     assert all(torch.equal(after[0][k], v) for k, v in before[0].items())
     assert not torch.equal(after[1]["actor.0.weight"], before[1]["actor.0.weight"])
