@@ -60,8 +60,10 @@ class Case:
         }
         return critic, state | changes
 
-    def exact(self, **changes: Tensor) -> tuple[Critic, dict[str, Tensor], EpochResult]:
-        critic, state = self.state(torch.float64, **changes)
+    def exact(
+        self, dtype: torch.dtype = torch.float64, **changes: Tensor
+    ) -> tuple[Critic, dict[str, Tensor], EpochResult]:
+        critic, state = self.state(dtype, **changes)
         options = {"minibatches": self.parts, "max_norm": self.max_norm, "betas": BETAS, "eps": ADAM_EPS}
         return critic, state, critic_epoch(critic.parameters, critic.mlp.depth, **state, **options)
 
@@ -86,15 +88,22 @@ class Case:
 
 
 def assert_agrees(case: Case) -> None:
-    exact, wide, expected = case.exact()
-    critic, state, result = case.run()
+    """Within the usual rounding of the float64 definition; LayerNorm of few units, which may divide by almost nothing,
+    magnifies rounding without bound: there within 8 times the error of the same definition in float32."""
+    (exact, wide, expected), (rounded, narrow, usual), (critic, state, result) = (
+        case.exact(), case.exact(torch.float32), case.run()
+    )  # fmt: skip
     # Adam divides by the gradient's own size, so the smallest gradients' rounding shows in full in the changes.
-    change, exact_change = critic.parameters.flat - case.start, exact.parameters.flat - case.start
-    assert relative_error(change, exact_change) < 1e-4
-    assert relative_error(state["m"], wide["m"]) < 1e-5
-    assert relative_error(state["v"], wide["v"]) < 1e-5
-    assert relative_error(result.loss, expected.loss) < 1e-6
-    assert relative_error(result.norm, expected.norm) < 1e-5
+    changes = [c.parameters.flat - case.start for c in (critic, rounded, exact)]
+    compared = {
+        "change": (*changes, 1e-4),
+        "m": (state["m"], narrow["m"], wide["m"], 1e-5),
+        "v": (state["v"], narrow["v"], wide["v"], 1e-5),
+        "loss": (result.loss, usual.loss, expected.loss, 1e-6),
+        "norm": (result.norm, usual.norm, expected.norm, 1e-5),
+    }
+    for name, (found, plain, true, least) in compared.items():
+        assert relative_error(found, true) < max(least, 8 * relative_error(plain, true)), name
     assert torch.equal(state["step"], wide["step"]) and torch.equal(result.active, expected.active)
 
 
