@@ -32,13 +32,14 @@ class Series:
 
 
 def series(rows: Iterable[Mapping[str, Any]], column: str) -> list[Series]:
-    """The values of one column of metrics.csv against its `minutes`, a line per `seed`."""
+    """The values of one column of metrics.csv against its `minutes`, a line per `seed` (and `task`, of several)."""
     found: dict[Any, list[tuple[float, float]]] = {}
     for row in rows:
         value = row.get(column)
         if isinstance(value, (int, float)) and np.isfinite(value) and "minutes" in row:
-            found.setdefault(row.get("seed", 0), []).append((row["minutes"], value))
-    return [Series(f"seed {seed}", *map(list, zip(*points))) for seed, points in sorted(found.items())]
+            found.setdefault((row.get("task", ""), row.get("seed", 0)), []).append((row["minutes"], value))
+    lines = sorted(found.items())
+    return [Series(f"{task} seed {seed}".strip(), *map(list, zip(*points))) for (task, seed), points in lines]
 
 
 def curve(

@@ -62,3 +62,15 @@ def test_a_large_gif_is_made_smaller(tmp_path: Path):
     noise = np.random.default_rng(0).integers(0, 255, (8, 200, 300, 3), dtype=np.uint8)
     write_gif(tmp_path / "rollout.gif", noise, limit=150_000)
     assert (tmp_path / "rollout.gif").stat().st_size < 150_000
+
+
+def test_each_task_and_seed_has_a_line_of_its_own():
+    rows = [
+        {"minutes": minute, "task": task, "seed": seed, "real_return": 100 * seed + minute}
+        for minute in (1.0, 2.0)
+        for task in ("ant", "hopper")
+        for seed in (0, 1)
+    ]
+    lines = {line.label: (line.minutes, line.values) for line in series(rows, "real_return")}
+    assert list(lines) == ["ant seed 0", "ant seed 1", "hopper seed 0", "hopper seed 1"]
+    assert lines["hopper seed 1"] == ([1.0, 2.0], [101.0, 102.0])
