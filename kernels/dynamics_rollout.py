@@ -170,9 +170,7 @@ class DynamicsRollout:
         self._vectors.copy_(vectors)
 
     @staticmethod
-    def _pack(
-        dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype
-    ) -> tuple[Tensor, Tensor, list[FrozenRow]]:
+    def _pack(dynamics: Sequence[Frozen], flat: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor, list[FrozenRow]]:
         """All W in one buffer and all vectors in another; where each begins."""
         weights, vectors, rows = [], [], []
         w = v = 0

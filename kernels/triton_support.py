@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import library
 
 # Multiplies and adds fuse. Triton 3.10 turns that off by default, and 3.9 warns at every start that it will.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -68,9 +69,9 @@ def operator(*writes: str) -> Callable[[Callable[..., None]], Any]:
                 launch(*args)
 
         name = f"pwm_fast::{launch.__name__}"
-        torch.library.define(name, torch.library.infer_schema(launch, mutates_args=writes))
-        torch.library.impl(name, "CompositeExplicitAutograd")(on_its_device)
-        torch.library.register_fake(name)(_writes_into_its_arguments)
+        library.define(name, library.infer_schema(launch, mutates_args=writes))
+        library.impl(name, "CompositeExplicitAutograd")(on_its_device)
+        library.register_fake(name)(_writes_into_its_arguments)
         return getattr(torch.ops.pwm_fast, launch.__name__).default
 
     return register

@@ -21,11 +21,11 @@ from pwm_fast.learning.waves import Finished, Waves
 from pwm_fast.models.policy import Policy
 from pwm_fast.pictures import curve, rollout_gif, series, write_gif
 from pwm_fast.progress import Phases
-from pwm_fast.results import files_table, print_closing, real_returns, result_table, summarise
+from pwm_fast.results import EPISODES, SUITE_EPISODES, files_table, print_closing, real_returns, result_table, summarise
 from pwm_fast.run_folder import SCORES, SUMMARY, RunFolder
 from pwm_fast.state_files import write_json
 
-EPISODES, SUITE_EPISODES, SEED = 16, 10, 10_000
+SEED = 10_000
 EXPLOITED = 2.0  # imagined over real reward from which the closing table warns
 
 

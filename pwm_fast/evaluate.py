@@ -21,13 +21,12 @@ from rich.text import Text
 from pwm_fast.envs import registry
 from pwm_fast.errors import positive, run_command
 from pwm_fast.progress import make_console, number_text
-from pwm_fast.results import real_returns, result_table, summarise
+from pwm_fast.results import EPISODES, SUITE_EPISODES, real_returns, result_table, summarise
 from pwm_fast.run_folder import SUMMARY, read_summary
 
 if TYPE_CHECKING:
     from pwm_fast.envs.evaluation import EpisodeResults
 
-EPISODES, SUITE_EPISODES = 16, 10  # of dflex and of the other suites, as TD-MPC2 evaluates them
 WEIGHTS = "policy.safetensors"
 
 

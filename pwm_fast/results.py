@@ -15,6 +15,8 @@ from pwm_fast.errors import positive
 from pwm_fast.progress import clock_text, number_text
 from pwm_fast.run_folder import FILES, versions
 
+EPISODES, SUITE_EPISODES = 16, 10  # of dflex and of the other suites, as TD-MPC2 evaluates them
+
 if TYPE_CHECKING:
     from pwm_fast.envs.evaluation import EpisodeResults
     from pwm_fast.models.policy import Policy

@@ -98,7 +98,6 @@ def test_evaluate_takes_a_folder_with_one_policy(run: RunFolder, capsys, call):
 
 
 def test_evaluate_draws_the_rollout(run: RunFolder, call):
-    pytest.importorskip("pwm_fast.envs.dflex.rendering")
     assert call("evaluate", run.path, "--gif") == 0
     gif = Image.open(run.file("rollout.gif"))
     assert gif.n_frames > 3 and min(gif.size) >= 120

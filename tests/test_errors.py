@@ -114,7 +114,7 @@ def test_interruptions_say_how_to_go_on(stop, code: int, text: str, capsys):
     assert text in shown and "Traceback" not in shown
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what a computer without a GPU is told")
 @pytest.mark.parametrize(
     "command, options, text",
     [

@@ -13,8 +13,8 @@ import torch
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
 from pwm_fast.data.packed import best_episodes
+from pwm_fast.data.task_table import fitted
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.members import widened
 from pwm_fast.learning.optim import Adam
 from pwm_fast.models.world_model import WorldModel
 
@@ -56,8 +56,8 @@ def clone(
     active = torch.ones(policies, dtype=torch.bool, device=device)
     for step in range(steps):
         batches = [sampler.windows(step, batch_size) for sampler in samplers]
-        obs = torch.from_numpy(np.stack([widened(b["obs"][0], c.obs_dim) for b in batches])).to(device)  # [P, B, S]
-        goal = torch.from_numpy(np.stack([widened(b["action"][0], c.action_dim) for b in batches])).to(device)
+        obs = torch.from_numpy(np.stack([fitted(b["obs"][0], c.obs_dim) for b in batches])).to(device)  # [P, B, S]
+        goal = torch.from_numpy(np.stack([fitted(b["action"][0], c.action_dim) for b in batches])).to(device)
         noise = torch.zeros_like(goal)
         sample = actor.forward(world_model.encode(obs, _task(extraction)), noise)
         actor.backward((sample.action - goal) * (2.0 / goal[0].numel()), noise, sample)

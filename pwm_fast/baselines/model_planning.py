@@ -19,9 +19,11 @@ from pwm_fast.baselines.guides import ActorGuide, Guide, load_q_guide
 from pwm_fast.baselines.mppi import MPPIConfig
 from pwm_fast.baselines.tdmpc2_planning import TDMPC2Planner, WorldModelDynamics, published_discount
 from pwm_fast.data.collect import RandomActions, Source, check_noise_levels, derived_seed, noise_level, noise_phase
+from pwm_fast.data.task_table import fitted
 from pwm_fast.data.torch_files import is_torch_file
 from pwm_fast.envs.evaluation import Episode, evaluate
 from pwm_fast.envs.registry import Task
+from pwm_fast.learning.members import task_number
 from pwm_fast.models.critic import Critic
 from pwm_fast.models.policy import Actor, Policy
 from pwm_fast.models.world_model import WorldModel
@@ -30,26 +32,6 @@ from pwm_fast.state_files import load_state
 UNGUIDED_HORIZON = 16
 MakeGuide = Callable[[Tensor | None, Tensor | None], Guide | None]
 """(the world model's task index [1] or None, action mask [1, A] or None) -> the guide."""
-
-
-def task_number(model: WorldModel, task: Task) -> int | None:
-    """The task's row in the model's embedding; None for a model of one task.
-
-    Raises ValueError for a task that the model does not know, or whose observations or actions it has no room for.
-    """
-    c = model.config
-    if task.obs_dim > c.obs_dim or task.action_dim > c.action_dim:
-        raise ValueError(
-            f"the world model takes {c.obs_dim} observations and {c.action_dim} actions, {task.name} has "
-            f"{task.obs_dim} and {task.action_dim}"
-        )
-    if not c.num_tasks:
-        return None
-    trained = model.provenance.get("tasks")  # a published model has as many rows as its set has tasks
-    number = trained.get(task.name) if isinstance(trained, dict) else task.ids.get(f"mt{c.num_tasks}")
-    if number is None:
-        raise ValueError(f"the world model of {c.num_tasks} tasks was not trained on {task.name}")
-    return int(number)
 
 
 def default_planning(task: Task, guided: bool) -> MPPIConfig:
@@ -75,7 +57,7 @@ class ModelPlanner:
         self._mask = None if task.action_dim == c.action_dim else mask
         self._guide = None if make_guide is None else make_guide(index, self._mask)
         self._config = config or default_planning(task, self._guide is not None)
-        self._dynamics, self._padding = WorldModelDynamics(model, index), c.obs_dim - task.obs_dim
+        self._dynamics, self._obs_dim = WorldModelDynamics(model, index), c.obs_dim
         self._action_dim, self._dtype = c.action_dim, model.obs_mean.dtype
         self._planner: TDMPC2Planner | None = None
 
@@ -86,7 +68,7 @@ class ModelPlanner:
                 self._dynamics, self._action_dim, len(obs), self._guide, self._config, discount, self._mask,
                 self._seed, self._dtype,
             )  # fmt: skip
-        return self._planner(np.pad(obs, ((0, 0), (0, self._padding))))[:, : self._task.action_dim]
+        return self._planner(fitted(obs, self._obs_dim))[:, : self._task.action_dim]
 
 
 def find_guide(world_model: str | Path, model: WorldModel, guide: str | Path | None = None) -> MakeGuide | None:

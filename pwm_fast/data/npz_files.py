@@ -40,7 +40,7 @@ SYNONYMS = {
     "task": ("task", "tasks", "task_id"),
 }
 _PIECE_ROWS = 4096
-_READ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+_READ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError)
 
 
 class _Column:

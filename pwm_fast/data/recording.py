@@ -129,11 +129,6 @@ def task_numbers(tasks: Sequence[Task]) -> tuple[list[str], dict[str, int]]:
     return mine, {name: number for number, name in enumerate(mine)}
 
 
-def _padded(rows: np.ndarray, width: int) -> np.ndarray:
-    """[T, w] with zeros up to [T, width]."""
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
-
-
 class Recording:
     """An episode store being filled, its cap, and its account of what went in (`mixture`, and the phase of every
     episode in `notes["order"]`).
@@ -188,7 +183,7 @@ class Recording:
             return False
         else:
             self.thinning.kept += length  # leaves less room for those
-        obs, action = _padded(episode.obs, self._obs_dim), _padded(episode.action, self._action_dim)
+        obs, action = task_table.fitted(episode.obs, self._obs_dim), task_table.fitted(episode.action, self._action_dim)
         self.writer.add(obs, action, episode.reward, episode.terminated, self._numbers[task.name])
         self._note_order(phase)
         self._returns.setdefault(phase, []).append(float(episode.reward.sum(dtype=np.float64)))

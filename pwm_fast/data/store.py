@@ -129,6 +129,10 @@ class EpisodeStore:
         that it can divide), obs_min, obs_max [S], reward_mean, reward_std, reward_quantiles {"0.05": ...},
         action_abs_max, num_episodes, num_transitions.
         """
+        return dict(self._statistics)
+
+    @cached_property
+    def _statistics(self) -> dict[str, Any]:
         shift = np.asarray(self.obs[0], np.float64)  # keeps the difference of squares below from cancelling
         total, squares = np.zeros(self.obs_dim), np.zeros(self.obs_dim)
         low, high = np.full(self.obs_dim, np.inf), np.full(self.obs_dim, -np.inf)

@@ -79,19 +79,7 @@ def select(chosen: list[str], names: list[str]) -> list[int]:
     return sorted(numbers)
 
 
-def pad_obs(obs: np.ndarray, set: str = "mt80") -> np.ndarray:
-    """Observations [..., S] of a task as the set's data has them: zeros behind, to [..., 24] or [..., 39].
-
-    Raises ValueError for more entries than the set has, or another set.
-    """
-    width = padded_dims(set)[0]
-    obs = np.asarray(obs)
-    if obs.shape[-1] > width:
-        raise ValueError(f"observations of {set} have at most {width} entries, got {obs.shape[-1]}")
-    return np.pad(obs, [(0, 0)] * (obs.ndim - 1) + [(0, width - obs.shape[-1])])
-
-
-def action_masks(set: str = "mt80") -> np.ndarray:
-    """[tasks, 6] float32: 1 for the entries of a padded action that a task has, by task number (TD-MPC2's masks)."""
-    width = padded_dims(set)[1]
-    return np.array([[float(i < task.action_dim) for i in range(width)] for task in tasks(set)], np.float32)
+def fitted(rows: np.ndarray, width: int) -> np.ndarray:
+    """Observations or actions [..., n] as a set or world model has them: zeros behind, or cut, to [..., width]."""
+    missing = width - rows.shape[-1]
+    return rows[..., :width] if missing <= 0 else np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])

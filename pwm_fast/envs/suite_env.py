@@ -1,5 +1,6 @@
 """What MuJoCo's suites have in common: float32 observations, actions in [-1, 1], repeated actions, a time limit."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import gymnasium
@@ -9,7 +10,7 @@ from pwm_fast.envs.drawing import prepare_drawing
 from pwm_fast.envs.registry import Task
 
 
-class SuiteEnv(gymnasium.Env):
+class SuiteEnv(gymnasium.Env, ABC):
     """One environment: obs [S] float32, action [A] in [-1, 1]; an episode is `task.episode_length` steps, never less.
 
     A step applies the action `task.action_repeat` times and sums the rewards. `reset(seed=)` decides everything that
@@ -47,13 +48,14 @@ class SuiteEnv(gymnasium.Env):
         """An RGB picture [height, width, 3] uint8, drawn off screen; None without `render_mode="rgb_array"`."""
         return None if self.render_mode is None else np.asarray(self._picture())
 
+    @abstractmethod
     def _picture(self) -> np.ndarray:
-        raise NotImplementedError
+        """What `render` gives."""
 
+    @abstractmethod
     def _begin(self, seed: int | None) -> np.ndarray:
         """Start an episode; a seed that is not None restarts the random numbers. Returns the observation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, float, dict[str, Any]]:
         """Apply a float64 action within [-1, 1] `action_repeat` times: observation, sum of rewards, info."""
-        raise NotImplementedError

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from pwm_fast.baselines.cloning import clone
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
+from pwm_fast.data.task_table import fitted
 from pwm_fast.envs import registry
 from pwm_fast.learning.captured import StepGraph
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.experience import Experience
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.members import Source, find_source, widened
+from pwm_fast.learning.members import Source, find_source
 from pwm_fast.learning.pretraining import PRESETS, Pretraining, Windows
 from pwm_fast.learning.reality import Look, imagined_over_real, real_episodes, returns_to_go
 from pwm_fast.learning.step_inputs import StagedStates, StagedTrajectories, StartTable, start_rows
@@ -104,7 +105,7 @@ class ExtractionRounds:
         self.best_policy: list[dict[str, Tensor]] = [p.tensors() for p in extraction.policies()]
         self._best_actor: list[dict[str, Tensor]] = [{} for _ in extraction.seeds]
         self.rollbacks = np.zeros(population, np.int64)
-        self._sources = {task.name: find_source(data, task, world_model) for task in self.tasks}
+        self._sources = {task.name: find_source(data, task) for task in self.tasks}
         self._starts = [
             WindowSampler(source.store, 1, seed=seed, tasks=source.task)
             for source, seed in zip(self._own_sources(), extraction.seeds, strict=True)
@@ -227,10 +228,7 @@ class ExtractionRounds:
         if self.experience is not None or 4 * self.world_model.config.obs_dim * rows > TABLE_BYTES:
             return StepGraph(learner, StagedStates(learner), execution)
         tables = {name: self._wide(start_rows(s.store, s.episodes)) for name, s in self._sources.items()}
-        ends = dict(zip(tables, np.cumsum([len(table) for table in tables.values()])))
-        count = [len(tables[task.name]) for task in self.tasks]
-        first = [ends[task.name] - n for task, n in zip(self.tasks, count)]
-        return StepGraph(learner, StartTable(learner, np.concatenate(list(tables.values())), first, count), execution)
+        return StepGraph(learner, StartTable.of_tasks(learner, tables), execution)
 
     def look_at_reality(self) -> dict[str, np.ndarray]:
         """Real episodes of every policy with mean actions; returns [P] arrays, and updates the best policies.
@@ -321,15 +319,15 @@ class ExtractionRounds:
         ]
         names = ("obs", "action", "reward", "terminated", "valid")
         joined = {name: np.stack([w[name] for w in each], 1) for name in names}
-        return {name: torch.from_numpy(value) for name, value in self._widened(joined).items()}
+        return {name: torch.from_numpy(value) for name, value in self._fitted(joined).items()}
 
     def _wide(self, obs: np.ndarray) -> np.ndarray:
         """Observations of a task as the world model takes them."""
-        return widened(obs, self.world_model.config.obs_dim)
+        return fitted(obs, self.world_model.config.obs_dim)
 
-    def _widened(self, windows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _fitted(self, windows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Windows of a task as the world model takes them."""
-        action = widened(windows["action"], self.world_model.config.action_dim)
+        action = fitted(windows["action"], self.world_model.config.action_dim)
         return {**windows, "obs": self._wide(windows["obs"]), "action": action}
 
     def _model_batch(self, step: int) -> Windows:
@@ -338,7 +336,7 @@ class ExtractionRounds:
         assert self.experience is not None, "a frozen model learns nothing"
         parts = [self.experience.windows(step, new, self._model.config.horizon)] if new else []
         parts += [self._old.windows(step, batch - new)] if batch > new else []
-        parts = [self._widened(part) for part in parts]
+        parts = [self._fitted(part) for part in parts]
         for part in parts:  # a store's own number of the task may be another
             part["task"][:] = 0 if self.extraction.task_ids is None else int(self.extraction.task_ids[0])
         joined = {k: np.concatenate([p[k] for p in parts], axis=0 if k == "task" else 1) for k in parts[0]}

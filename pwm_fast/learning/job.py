@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
+from pwm_fast.data.task_table import fitted
 from pwm_fast.envs import registry
 from pwm_fast.learning.execution import ExecutionConfig
 from pwm_fast.learning.extraction import Extraction, ExtractionConfig
 from pwm_fast.learning.finetuning import ExtractionRounds, RoundConfig, Timed
-from pwm_fast.learning.members import check_model, find_source, task_numbers, widened
+from pwm_fast.learning.members import find_source, task_number
 from pwm_fast.learning.precision import check_precision
 from pwm_fast.models.world_model import WorldModel
 
@@ -166,27 +167,27 @@ def make_job(
         raise ValueError(f"tasks must name the {len(seeds)} policies, got {len(names)}")
     rows = {name: registry.get(name) for name in names}
     stores = [data] if isinstance(data, EpisodeStore) else list(data)
-    for row in rows.values():
-        check_model(world_model, row)
-        find_source(stores, row, world_model).store.statistics()  # reads all of it: a NaN is found before work begins
+    numbers = {name: task_number(world_model, row) for name, row in rows.items()}
+    sources = {name: find_source(stores, row) for name, row in rows.items()}
+    for source in sources.values():
+        source.store.statistics()  # reads all of it, so that a NaN is found before work begins
     if start == "cloned":
         extraction = replace(extraction, **CLONED)
     if extraction.terminations and not world_model.has_termination:
         extraction = replace(extraction, terminations=False)
     if execution is None and world_model.obs_mean.is_cuda:
         execution = ExecutionConfig()
+    task_ids = torch.tensor([numbers[name] for name in names]) if world_model.config.num_tasks else None
     precision = "fp32" if execution is None else execution.precision
     if precision != "fp32":
-        source = find_source(stores, rows[names[0]], world_model)
+        source = sources[names[0]]
         states = WindowSampler(source.store, 1, seed=seed, tasks=source.task).start_states(0, extraction.batch_size)
-        obs = widened(states, world_model.config.obs_dim)[None]
-        numbers = task_numbers(world_model, names[:1])
-        task_ids = None if numbers is None else torch.tensor(numbers)
-        check_precision(world_model, extraction, torch.from_numpy(obs).to(world_model.obs_mean), precision, task_ids)
+        obs = torch.from_numpy(fitted(states, world_model.config.obs_dim)[None]).to(world_model.obs_mean)
+        check_precision(world_model, extraction, obs, precision, None if task_ids is None else task_ids[:1])
     own = [(rows[name].obs_dim, rows[name].action_dim) for name in names]
     whole = (world_model.config.obs_dim, world_model.config.action_dim)
     learner = Extraction(
-        world_model, extraction, task_numbers(world_model, names), seeds, tasks=names, precision=precision,
+        world_model, extraction, task_ids, seeds, tasks=names, precision=precision,
         dims=None if all(size == whole for size in own) else own,
     )  # fmt: skip
     made = ExtractionRounds(world_model, learner, stores, rounds, seed, threads, execution)

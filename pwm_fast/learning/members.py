@@ -16,6 +16,7 @@ from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.task_table import SETS, tasks
 from pwm_fast.envs import registry
 from pwm_fast.errors import nearest
+from pwm_fast.learning.task_windows import check_widths
 from pwm_fast.models.world_model import WorldModel
 
 
@@ -26,29 +27,40 @@ class Member(NamedTuple):
     seed: int
 
 
-def known_tasks(model: WorldModel) -> list[str]:
-    """The tasks of a model with embeddings, by number: as its file says, or TD-MPC2's set of as many tasks.
+def known_tasks(model: WorldModel) -> dict[str, int]:
+    """Numbers, by name, of the tasks that a model with embeddings was trained on.
 
-    Raises ValueError where neither tells.
+    As its file says, or all of TD-MPC2's set of as many tasks. Raises ValueError where neither tells.
     """
-    count = model.config.num_tasks
-    named = model.provenance.get("tasks") or {}
-    if sorted(named.values()) == list(range(count)):
-        return sorted(named, key=named.__getitem__)
+    count, named = model.config.num_tasks, model.provenance.get("tasks")
+    if isinstance(named, dict):
+        return {str(name): int(number) for name, number in named.items()}
     for name, size in SETS.items():
         if size == count:
-            return [task.name for task in tasks(name)]
+            return {task.name: number for number, task in enumerate(tasks(name))}
     raise ValueError(f"the world model knows {count} tasks and does not say which: its provenance lacks their names")
 
 
-def task_numbers(model: WorldModel, names: Sequence[str]) -> list[int] | None:
-    """Numbers of tasks in the model's embedding; None for a model without. Raises ValueError for one it lacks."""
-    if model.config.num_tasks == 0:
+def task_number(model: WorldModel, task: registry.Task) -> int | None:
+    """The task's number in the model's embedding; None for a model of one task.
+
+    Raises ValueError for a task that the model was not trained on, or whose observations or actions do not fit.
+    """
+    found, want = (model.config.obs_dim, model.config.action_dim), (task.obs_dim, task.action_dim)
+    padded = model.config.num_tasks > 0
+    if found != want and not (padded and found[0] >= want[0] and found[1] >= want[1]):
+        trained = model.provenance.get("task", "another task")
+        raise ValueError(
+            f"the world model has {found[0]} observations and {found[1]} actions, task {task.name} has {want[0]} and "
+            f"{want[1]}: it is for {trained}"
+        )
+    if not padded:
         return None
     known = known_tasks(model)
-    if missing := [name for name in names if name not in known]:
-        raise ValueError(nearest("task", missing[0], known, hint=f"the world model knows {len(known)} tasks"))
-    return [known.index(name) for name in names]
+    if task.name not in known:
+        hint = f"the world model was trained on {len(known)}"
+        raise ValueError(nearest("task", task.name, known, hint=hint))
+    return known[task.name]
 
 
 class Source(NamedTuple):
@@ -63,22 +75,11 @@ class Source(NamedTuple):
         return choose(self.store, tasks=self.task).ids
 
 
-def check_model(model: WorldModel, task: registry.Task) -> None:
-    """Raises ValueError where a world model is not of a task."""
-    found, want = (model.config.obs_dim, model.config.action_dim), (task.obs_dim, task.action_dim)
-    if found != want and not (model.config.num_tasks and found[0] >= want[0] and found[1] >= want[1]):
-        trained = model.provenance.get("task", "another task")
-        raise ValueError(
-            f"the world model has {found[0]} observations and {found[1]} actions, task {task.name} has {want[0]} and "
-            f"{want[1]}: it is for {trained}"
-        )
-
-
-def find_source(stores: Sequence[EpisodeStore], task: registry.Task, model: WorldModel) -> Source:
+def find_source(stores: Sequence[EpisodeStore], task: registry.Task) -> Source:
     """Where a task's episodes are: in the first store that names it, or in the only one if that holds one task.
 
-    Their observations and actions are the task's own, or padded as the model's. Raises ValueError where no store has
-    any, or they are of other sizes.
+    Their observations and actions are the task's own, or padded in a store of several tasks. Raises ValueError where no
+    store has any, or they are of other sizes.
     """
     named = [store for store in stores if task.name in store.task_names]
     if named:
@@ -88,17 +89,6 @@ def find_source(stores: Sequence[EpisodeStore], task: registry.Task, model: Worl
     else:
         known = [name for store in stores for name in store.task_names]
         raise ValueError(nearest("task", task.name, known, hint=f"the data holds {len(known)} tasks"))
-    found = (source.store.obs_dim, source.store.action_dim)
-    if found not in ((task.obs_dim, task.action_dim), (model.config.obs_dim, model.config.action_dim)):
-        raise ValueError(
-            f"the data has {found[0]} observations and {found[1]} actions, task {task.name} has {task.obs_dim} and "
-            f"{task.action_dim}: is it another task's?"
-        )
+    check_widths(source.store, task)
     source.episodes  # noqa: B018 raises where there are none
     return source
-
-
-def widened(rows: np.ndarray, width: int) -> np.ndarray:
-    """Rows [..., n] with zeros up to [..., width]."""
-    missing = width - rows.shape[-1]
-    return rows if missing == 0 else np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])

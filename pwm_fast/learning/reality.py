@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pwm_fast.data.collect import derived_seed, one_torch_thread
+from pwm_fast.data.task_table import fitted
 from pwm_fast.envs import registry
 from pwm_fast.envs.evaluation import Episode, evaluate, evaluate_population
-from pwm_fast.learning.members import widened
 from pwm_fast.models.policy import Policy
 from pwm_fast.models.world_model import WorldModel
 
@@ -130,7 +130,7 @@ def imagined_over_real(
     """Imagined over real reward of the first `GAUGE_STEPS` steps of some episodes, both with mean actions."""
     device, c = model.obs_mean.device, model.config
     task = None if task is None else task.to(device)
-    obs = torch.as_tensor(widened(np.stack([e.obs[0] for e in episodes]), c.obs_dim)).to(device)
+    obs = torch.as_tensor(fitted(np.stack([e.obs[0] for e in episodes]), c.obs_dim)).to(device)
     steps = min(GAUGE_STEPS, max(len(e.reward) for e in episodes))
     z, alive, imagined = model.encode(obs, task), torch.ones(len(obs), device=device), 0.0
     for _ in range(steps):

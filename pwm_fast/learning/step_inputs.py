@@ -5,14 +5,13 @@ A table needs nothing from the host; buffers are for data that is larger than th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pwm_fast.data.drawing import Task, choose
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.sampling import START_STREAM
 from pwm_fast.learning import noise as counter_noise
@@ -53,20 +52,15 @@ class StartTable:
         self.batch, self.seeds = e.config.batch_size, e.seed_tensor
 
     @classmethod
-    def of_tasks(cls, extraction: Extraction, store: EpisodeStore, tasks: Sequence[Task]) -> StartTable:
-        """Policy p draws from task `tasks[p]`'s episodes (a name or an id), as `WindowSampler` with these `tasks` does.
-
-        Raises ValueError for an unknown task or another number of them than of policies, StoreError for one without
-        episodes.
-        """
-        if len(tasks) != extraction.policies_count:
-            raise ValueError(f"tasks must name one for each of {extraction.policies_count} policies, got {len(tasks)}")
-        ids = [store.task_id(task) for task in tasks]
-        own = {task: choose(store, tasks=task).ids for task in sorted(set(ids))}
-        obs = np.concatenate([start_rows(store, episodes) for episodes in own.values()])
-        count = {task: int(store.lengths[episodes].sum()) for task, episodes in own.items()}
+    def of_tasks(cls, extraction: Extraction, tables: Mapping[str, np.ndarray]) -> StartTable:
+        """Each policy draws from its task's own observations [n, S]. Raises ValueError for a task without."""
+        if missing := sorted(set(extraction.tasks) - set(tables)):
+            raise ValueError(f"there are no start observations of {', '.join(missing)}")
+        count = {task: len(table) for task, table in tables.items()}
         first = dict(zip(count, np.cumsum([0, *count.values()]).tolist()))
-        return cls(extraction, obs, [first[task] for task in ids], [count[task] for task in ids])
+        of = extraction.tasks
+        obs = np.concatenate(list(tables.values()))
+        return cls(extraction, obs, [first[task] for task in of], [count[task] for task in of])
 
     def states(self, step: Tensor) -> Tensor:
         """Start observations [P, B, S] of gradient step number `step` [] int64."""

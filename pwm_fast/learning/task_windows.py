@@ -107,7 +107,7 @@ class TaskData:
                 listed = ", ".join(store.task_names[i] for i in present[:8])
                 raise StoreError(f"episode store {store.path} has none of {', '.join(rows)}; it has {listed}")
             for stored, name in found.items():
-                _check_widths(store, rows[name])
+                check_widths(store, rows[name])
                 number = space.names.index(name)
                 parts.append(_part(store, store.episode_task, stored, number, name, validation_fraction, seed))
         for name in rows:
@@ -140,13 +140,14 @@ def _part(
     return Part(number, store, stored, np.sort(ids[held:]), np.sort(ids[:held]))
 
 
-def _check_widths(store: EpisodeStore, task: Task) -> None:
+def check_widths(store: EpisodeStore, task: Task) -> None:
+    """Raises ValueError for a store of other widths than its task's; one of several tasks may be padded."""
     stored, own = (store.obs_dim, store.action_dim), (task.obs_dim, task.action_dim)
     padded = len(store.task_names) > 1 and stored[0] >= own[0] and stored[1] >= own[1]
     if stored != own and not padded:
         raise ValueError(
-            f"{store.path} has {stored[0]} observations and {stored[1]} actions, task {task.name} has {own[0]} and "
-            f"{own[1]}: is it another task's data?"
+            f"the data in {store.path} has {stored[0]} observations and {stored[1]} actions, task {task.name} has "
+            f"{own[0]} and {own[1]}: is it another task's?"
         )
 
 

@@ -51,19 +51,20 @@ class Waves:
         self.waves = split(len(self.members), len(self.members) if fits is None else fits)
         self.wave, self._done = 0, list[Finished]()
         self._seconds = 0.0  # that earlier waves took
-        self.set_budget(budget)
+        self.budget = budget
         self.job = self._begin()
 
     def set_budget(self, budget: Budget) -> None:
-        """What the jobs that are still to come, and the present one, may use together."""
+        """What all jobs together may use."""
         self.budget = budget
-        left = len(self.waves) - self.wave
-        self._share = Budget(budget.steps, None if budget.seconds is None else budget.seconds / left)
-        if hasattr(self, "job"):
-            self.job.budget = self._share
+        self.job.budget = self._share()
+
+    def _share(self) -> Budget:
+        seconds = self.budget.seconds
+        return Budget(self.budget.steps, None if seconds is None else seconds / len(self.waves))
 
     def _begin(self) -> Job:
-        return self._make(self.present, self._share)
+        return self._make(self.present, self._share())
 
     @property
     def present(self) -> list[Member]:

@@ -41,7 +41,7 @@ def test_the_dry_run_passes_with_few_packages(tmp_path: Path) -> None:
     assert "dry run" in table and all(name in table for name in found["results"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what a computer without a GPU is told")
 def test_without_a_gpu_the_reason_is_given(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pwm_fast.data.task_table import action_dims, action_masks, pad_obs, padded_dims, select, set_of, tasks
+from pwm_fast.data.task_table import action_dims, fitted, padded_dims, select, set_of, tasks
 
 
 def test_the_sets_have_their_tasks_in_order():
@@ -38,13 +38,10 @@ def test_tasks_are_chosen_by_name_set_and_suite():
         select(["metaworld"], names[:30])
 
 
-def test_padding_puts_zeros_behind_and_masks_tell_the_real_actions():
-    obs = np.arange(1.0, 11.0, dtype=np.float32).reshape(2, 5)
-    padded = pad_obs(obs, "mt30")
-    assert padded.shape == (2, 24) and padded.dtype == np.float32
-    assert (padded[:, :5] == obs).all() and (padded[:, 5:] == 0).all() and pad_obs(obs).shape == (2, 39)
-    with pytest.raises(ValueError, match="observations of mt30 have at most 24 entries, got 39"):
-        pad_obs(np.zeros(39), "mt30")
-    masks = action_masks()
-    assert masks.shape == (80, 6) and masks.sum(1).tolist() == action_dims(80)
-    assert masks[6].tolist() == [1, 0, 0, 0, 0, 0] and (action_masks("mt30") == masks[:30]).all()
+def test_rows_are_padded_with_zeros_behind_or_cut():
+    rows = np.arange(1.0, 11.0, dtype=np.float32).reshape(2, 5)
+    wide = fitted(rows, 24)
+    assert wide.shape == (2, 24) and wide.dtype == np.float32
+    assert (wide[:, :5] == rows).all() and (wide[:, 5:] == 0).all()
+    assert (fitted(rows, 3) == rows[:, :3]).all() and (fitted(rows, 5) == rows).all()
+    assert fitted(rows[0], 6).tolist() == [1, 2, 3, 4, 5, 0]

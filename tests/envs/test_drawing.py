@@ -46,7 +46,7 @@ def suites():
         pytest.importorskip(package, reason=f"{package} is not installed (extra mt80)")
 
 
-@pytest.mark.skipif(not find_library("EGL"), reason="there is no EGL on this machine")
+@pytest.mark.skipif(not find_library("EGL"), reason="draws off screen with EGL: install libegl1")
 def test_pictures_need_no_setting():
     names = ["walker-walk", "mw-drawer-open"]
     lines = run(PROGRAM.format(names=names) + EPISODE)
@@ -61,7 +61,7 @@ def test_a_machine_that_cannot_draw_says_so():
     assert line.startswith("RuntimeError there is no display to draw with (MUJOCO_GL=glfw); install EGL")
 
 
-@pytest.mark.skipif(not find_library("EGL"), reason="there is no EGL on this machine")
+@pytest.mark.skipif(not find_library("EGL"), reason="draws off screen with EGL: install libegl1")
 def test_too_late_says_what_to_call():
     lines = run("import mujoco\n" + PROGRAM.format(names=["walker-walk"]))
     assert lines[0].startswith("RuntimeError MuJoCo was imported without a display to draw with; call pwm_fast.envs.")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from closeness import TRITON_DEVICE, needs_triton
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pwm_fast import backend
@@ -53,12 +53,12 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_declaration_is_true(name: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.pwm_fast, name).default, CALLS[name]())
+    library.opcheck(getattr(torch.ops.pwm_fast, name).default, CALLS[name]())
 
 
 def test_gradients_may_be_left_out() -> None:
     *inputs, _, _ = row_arguments(True)
-    torch.library.opcheck(layernorm_mish.layernorm_mish_backward, (*inputs, None, None))
+    library.opcheck(layernorm_mish.layernorm_mish_backward, (*inputs, None, None))
 
 
 def test_every_op_can_be_traced_with_cuda_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pwm_fast.envs import registry
 from pwm_fast.learning.extraction import ExtractionConfig
 from pwm_fast.learning.finetuning import RoundConfig
 from pwm_fast.learning.job import Budget, make_job
-from pwm_fast.learning.members import Member, find_source, known_tasks, task_numbers
+from pwm_fast.learning.members import Member, find_source, known_tasks, task_number
 from pwm_fast.learning.waves import Waves, extract_policies
 from pwm_fast.models.world_model import WorldModel, WorldModelConfig
 from pwm_fast.state_files import load_state, save_state
@@ -153,24 +153,31 @@ def test_fine_tuning_one_of_a_models_tasks_pads_what_it_practised(two_tasks):
 
 def test_numbers_of_tasks(two_tasks):
     model, _ = two_tasks
-    assert known_tasks(model) == TASKS and task_numbers(model, ["ant", "hopper", "ant"]) == [1, 0, 1]
-    with pytest.raises(ValueError, match="unknown task 'hoper'; did you mean 'hopper'"):
-        task_numbers(model, ["hoper"])
+    hopper, ant, walker = (registry.get(name) for name in ("hopper", "ant", "walker-walk"))
+    assert known_tasks(model) == {"ant": 1, "hopper": 0}
+    assert [task_number(model, task) for task in (ant, hopper)] == [1, 0]
+    with pytest.raises(ValueError, match=r"unknown task 'walker-walk'.*was trained on 2"):
+        task_number(model, walker)
     mt30 = WorldModel(WorldModelConfig(24, 6, 8, 8, 8, 2, num_tasks=30, task_dim=4))
-    assert task_numbers(mt30, ["walker-walk"]) == [1]
+    assert task_number(mt30, walker) == 1
+    mt30.provenance["tasks"] = {"cup-spin": 2}
+    with pytest.raises(ValueError, match="unknown task 'walker-walk'"):
+        task_number(mt30, walker)
+    with pytest.raises(ValueError, match="has 37 observations and 8 actions, task humanoid has 76 and 21"):
+        task_number(model, registry.get("humanoid"))
     with pytest.raises(ValueError, match="knows 7 tasks and does not say which"):
         known_tasks(WorldModel(WorldModelConfig(24, 6, 8, 8, 8, 2, num_tasks=7, task_dim=4)))
 
 
 def test_where_the_episodes_of_a_task_are(two_tasks, tiny_store):
-    model, both = two_tasks
+    _, both = two_tasks
     hopper, ant, own = registry.get("hopper"), registry.get("ant"), EpisodeStore.open(tiny_store)
-    assert find_source([both], ant, model).episodes.tolist() == [1, 3, 5, 7, 9, 11]
-    assert find_source([own, both], hopper, model).store is own and find_source([own, both], ant, model).store is both
+    assert find_source([both], ant).episodes.tolist() == [1, 3, 5, 7, 9, 11]
+    assert find_source([own, both], hopper).store is own and find_source([own, both], ant).store is both
     with pytest.raises(ValueError, match="unknown task 'humanoid'"):
-        find_source([both], registry.get("humanoid"), model)
-    with pytest.raises(ValueError, match="data has 11 observations and 3 actions, task ant has 37 and 8"):
-        find_source([own], ant, model)
+        find_source([both], registry.get("humanoid"))
+    with pytest.raises(ValueError, match="has 11 observations and 3 actions, task ant has 37 and 8"):
+        find_source([own], ant)
 
 
 def test_stores_of_the_tasks_own_sizes_are_padded(two_tasks, tiny_store):
