@@ -43,7 +43,7 @@ def test_a_published_model_plans_with_its_own_heads():
     obs = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     action = planner(obs)
     assert action.shape == (4, 1) and (np.abs(action) <= 1).all() and len(np.unique(action)) > 1
-    wide = replace(registry.get("walker-stand"), ids=PENDULUM.ids, episode_length=PENDULUM.episode_length)
+    wide = replace(registry.get("walker-stand"), name=PENDULUM.name, episode_length=PENDULUM.episode_length)
     masked = ModelPlanner(wide, model, lambda index, mask: make(index, planner._mask), TINY, seed=3)
     masked._mask = planner._mask
     np.testing.assert_array_equal(masked(np.pad(obs, ((0, 0), (0, 21))))[:, :1], action)

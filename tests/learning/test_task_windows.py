@@ -167,7 +167,7 @@ def test_what_does_not_fit_is_refused(single, joined, tmp_path: Path) -> None:
             lambda: data_of(single[2:], TASKS[:2]))  # fmt: skip
     refused(StoreError, "no episode of task mw-drawer-open in .*mw-reach: collect some",
             lambda: data_of(single[:1], TASKS[:2]))  # fmt: skip
-    refused(ValueError, "5 observations and 1 actions, task mw-reach has 39 and 4: is it another task's data",
+    refused(ValueError, "5 observations and 1 actions, task mw-reach has 39 and 4: is it another task's",
             lambda: data_of(single[2:], TASKS[:1]))  # fmt: skip
     refused(ValueError, "tasks must be different ones", lambda: data_of(single, (TASKS[0], TASKS[0])))
     refused(ValueError, "each of the 3 stores, got batch size 2", lambda: TaskWindows(data_of(single), 4, 2, seed=0))
