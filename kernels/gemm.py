@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pwm_fast import backend
 from pwm_fast.kernels.dispatch import native_for
 
 Operand = tuple[int, int, int, int, int]  # address, strides of row, column and member, groups that share a member
@@ -79,6 +80,18 @@ def _huge(like: Tensor, floats: int) -> Tensor:
     memory = like.new_empty(floats + HUGE_PAGE)
     start = -(memory.data_ptr() // memory.element_size()) % HUGE_PAGE
     return memory[start : start + floats]
+
+
+def huge_copy(weight: Tensor) -> Tensor:
+    """A copy of a constant; one of megabytes lies in huge pages, where the system grants them.
+
+    Reading 33 MB for a single row takes 0.82 of the time without a page's end every 4 KB (Zen 3).
+    """
+    if backend.native is None or not weight.is_cpu or weight.numel() < HUGE_PAGE:
+        return weight.clone()
+    memory = _huge(weight, weight.numel())
+    backend.native.advise_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size())
+    return memory.view(weight.shape).copy_(weight)
 
 
 class PackedWeight:
