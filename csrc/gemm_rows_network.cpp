@@ -1,6 +1,7 @@
 // All layers of a finished policy on rows of observations in one call (kernels/row_network.py): products, and behind each
 // the row kernel that normalises it, in place. For a single row of a small policy, calls from Python layer by layer took
 // several times as long as the layers themselves.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -72,6 +73,25 @@ public:
         }
     }
 
+    // The same from the first layer, for arrays [..., inputs] of any numbers: what streams through a core's caches leaves
+    // nothing else there, so that tensors around one row's 33 MB of weights cost a seventh of its time.
+    py::array_t<float> forward_array(const py::array_t<float, py::array::c_style | py::array::forcecast>& x,
+                                     int threads) const {
+        const Layer &first = layers_.at(0), &last = layers_.back();
+        if (x.ndim() < 1 || x.shape(x.ndim() - 1) != first.inputs) {
+            const auto found = py::str(x.attr("shape")).cast<std::string>();
+            throw std::invalid_argument("arrays must have rows of " + std::to_string(first.inputs) + ", got shape " + found);
+        }
+        std::vector<py::ssize_t> shape(x.shape(), x.shape() + x.ndim());
+        shape.back() = last.outputs;
+        py::array_t<float> y(shape);
+        const int64_t rows = x.size() / first.inputs;
+        const auto in = reinterpret_cast<Address>(x.data()), out = reinterpret_cast<Address>(y.mutable_data());
+        const py::gil_scoped_release others_may_run;
+        forward(in, first.inputs, out, rows, 0, threads);
+        return y;
+    }
+
 private:
     struct Layer {
         RowForward kernel;
@@ -96,5 +116,6 @@ void register_gemm_rows_network(py::module_& module) {
     module.def("advise_huge_pages", &ask_for_huge_pages, "Before memory is first written: address, bytes.");
     py::class_<RowNetwork>(module, "RowNetwork", "Layers of constant weights; kernels/row_network.py.")
         .def(py::init<const std::vector<RowNetwork::Description>&, float>())
-        .def("forward", &RowNetwork::forward, py::call_guard<py::gil_scoped_release>());
+        .def("forward", &RowNetwork::forward, py::call_guard<py::gil_scoped_release>())
+        .def("forward_array", &RowNetwork::forward_array);
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class RowNetwork:
         if backend.native is None:
             raise RuntimeError(f"a native network needs the native module: {backend.native_reason}")
         self.layers, self._eps = list(layers), eps
+        if not self.layers:
+            raise ValueError("a network needs at least one layer, got none")
         for i, layer in enumerate(self.layers):
             _check(i, layer, self.layers[i - 1].weight.shape[0] if i else layer.weight.shape[-1])
         self._network = backend.native.RowNetwork(
@@ -65,6 +68,10 @@ class RowNetwork:
         y = x.new_empty(x.shape[0], self.layers[-1].weight.shape[0])
         self._network.forward(x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], first, torch.get_num_threads())
         return y
+
+    def forward_array(self, x: np.ndarray) -> np.ndarray:
+        """Outputs [..., out] float32 of rows [..., in] of any numbers. Raises ValueError for rows of another length."""
+        return self._network.forward_array(x, torch.get_num_threads())
 
 
 def _check(number: int, layer: RowLayer, inputs: int) -> None:

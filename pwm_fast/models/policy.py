@@ -148,7 +148,6 @@ class Policy:
         """A copy on another device."""
         return Policy.from_tensors({k: v.to(device) for k, v in self.tensors().items()}, self.description)
 
-    @torch.no_grad()
     def act(
         self, obs: Tensor | np.ndarray, deterministic: bool = True, generator: torch.Generator | None = None
     ) -> Any:
@@ -157,31 +156,37 @@ class Policy:
         `deterministic` takes the mean, else one sample per row (from `generator`). Raises ValueError on another
         observation size.
         """
+        shape = tuple(np.shape(obs))
+        if not shape or shape[-1] != self.obs_dim:
+            raise ValueError(f"observations must have {self.obs_dim} entries ({self.task}), got {shape}")
         flat = self._actor.parameters.flat
+        if deterministic and isinstance(obs, np.ndarray) and (network := self._native(flat)) is not None:
+            action = network.forward_array(obs)
+            torch.from_numpy(action).tanh_()
+            return action
         x = torch.as_tensor(obs).to(flat.device, flat.dtype)
-        if x.dim() == 0 or x.shape[-1] != self.obs_dim:
-            raise ValueError(f"observations must have {self.obs_dim} entries ({self.task}), got {tuple(x.shape)}")
         mean = self._mean(x.reshape(-1, self.obs_dim), 0)
         if not deterministic:
             noise = torch.randn(mean.shape, generator=generator, dtype=flat.dtype, device=flat.device)
             mean = torch.addcmul(mean, self._actor.parameters["log_std"].exp(), noise)
-        action = mean.tanh_().view(*x.shape[:-1], self.action_dim)
+        action = mean.tanh_().view(*shape[:-1], self.action_dim)
         return action.cpu().numpy() if isinstance(obs, np.ndarray) else action
 
-    @torch.no_grad()
     def act_latent(self, z: Tensor) -> Tensor:
         """Mean actions [..., A] in latent states z [..., Z]."""
         mean = self._mean(z.reshape(-1, z.shape[-1]), len(self._encoder_layers))
         return mean.tanh_().view(*z.shape[:-1], self.action_dim)
 
-    def _mean(self, x: Tensor, first: int) -> Tensor:
-        """Actions before tanh [R, A] of inputs [R, .] of layer `first`, the encoder's or the actor's first one.
+    def _native(self, x: Tensor) -> RowNetwork | None:
+        """All layers in one native call, if it can take `x`: calls layer by layer cost several times a small policy's
+        layers. Both ways give the same bits."""
+        return self._network if self._network is not None and gemm_for(None, x) is not None else None
 
-        In one native call where it can be: the fixed costs of calls layer by layer are several times what a small
-        policy's layers take. That call and this code's other way give the same bits.
-        """
-        if self._network is not None and gemm_for(None, x) is not None:
-            return self._network.forward(x, first)
+    @torch.no_grad()
+    def _mean(self, x: Tensor, first: int) -> Tensor:
+        """Actions before tanh [R, A] of inputs [R, .] of layer `first`, the encoder's or the actor's first one."""
+        if (network := self._native(x)) is not None:
+            return network.forward(x, first)
         z = x[None] if first else self._encoder.forward(x[None])[0]
         return self._actor.mlp.forward(z)[0][0]
 
