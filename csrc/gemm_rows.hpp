@@ -8,8 +8,8 @@
 
 namespace pwm_fast {
 
-// On one Zen 3 core scalar products take less time than packing W and multiplying tiles up to some 20 rows
-// (bench/test_rows.py). A row's result does not depend on the rows beside it, as long as there are at most this many.
+// Up to here scalar products take half to all of the time of packing W and multiplying tiles (bench/test_rows.py), and
+// a row's result does not depend on the rows beside it: an action is the same alone and in a batch of episodes.
 constexpr int64_t kFewRows = 16;
 
 // Whether A's rows and W's lie in sequence (B = W^T), and are few. One column has a kernel of its own in multiply().
@@ -22,11 +22,19 @@ inline bool few_rows(const Product& p) {
 // Every element is summed in the same order whatever the range and the number of rows.
 void multiply_few_rows(const Product& product, int64_t first, int64_t last);
 
-// The same with columns counted one by one, for one instruction set.
-void multiply_few_rows_portable(const Product& product, int64_t first, int64_t last);
+// What reading memory takes at least, for benchmarks: a plain loop over `count` floats; their sum.
+float read_floats(const float* from, int64_t count);
+
+// One instruction set's: columns of C counted one by one.
+struct RowsTable {
+    void (*multiply)(const Product& product, int64_t first, int64_t last);
+    float (*read)(const float* from, int64_t count);
+};
+
+const RowsTable& rows_portable();
 #ifdef PWM_FAST_X86
-void multiply_few_rows_avx2(const Product& product, int64_t first, int64_t last);
-void multiply_few_rows_avx512(const Product& product, int64_t first, int64_t last);
+const RowsTable& rows_avx2();
+const RowsTable& rows_avx512();
 #endif
 
 }  // namespace pwm_fast

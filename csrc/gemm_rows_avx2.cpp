@@ -5,8 +5,9 @@
 
 namespace pwm_fast {
 
-void multiply_few_rows_avx2(const Product& product, int64_t first, int64_t last) {
-    multiply_rows(product, first, last);
+const RowsTable& rows_avx2() {
+    static constexpr RowsTable table = {multiply_rows, row_sum};
+    return table;
 }
 
 }  // namespace pwm_fast

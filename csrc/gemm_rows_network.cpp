@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "elementwise.hpp"
-#include "gemm.hpp"
+#include "gemm_rows.hpp"
 #include "huge_pages.hpp"
 
 namespace py = pybind11;
@@ -106,6 +106,8 @@ private:
     float eps_;
 };
 
+float read_at(Address from, int64_t count) { return read_floats(reinterpret_cast<const float*>(from), count); }
+
 void ask_for_huge_pages(Address start, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(start), bytes); }
 
 }  // namespace
@@ -113,6 +115,7 @@ void ask_for_huge_pages(Address start, size_t bytes) { advise_huge_pages(reinter
 
 void register_gemm_rows_network(py::module_& module) {
     using namespace pwm_fast;
+    module.def("read_floats", &read_at, "What reading memory takes at least, for benchmarks: address, count.");
     module.def("advise_huge_pages", &ask_for_huge_pages, "Before memory is first written: address, bytes.");
     py::class_<RowNetwork>(module, "RowNetwork", "Layers of constant weights; kernels/row_network.py.")
         .def(py::init<const std::vector<RowNetwork::Description>&, float>())

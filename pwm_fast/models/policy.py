@@ -219,10 +219,10 @@ class Policy:
             raise ValueError(f"unknown parameters: {', '.join(strange)}")
         layers = []
         for i in range(len(widths) - 1):
-            weight, bias, *ln = (tensors[f"encoder.{i}.{name}"] for name in ("weight", *vectors))
+            weight, bias, *ln = (huge_copy(tensors[f"encoder.{i}.{name}"]) for name in ("weight", *vectors))
             last = i == len(widths) - 2
             activation = ("simnorm" if last else "mish") if normed else "none"
-            layers.append(FrozenLayer(huge_copy(weight), bias[None], activation, *ln))
+            layers.append(FrozenLayer(weight, bias[None], activation, *ln))
         first = layers[0].weight
         units = tuple(description["actor_units"])
         actor = Actor([0], description["latent_dim"], description["action_dim"], units, first.dtype, first.device)
