@@ -63,16 +63,21 @@ struct RowTasks {
 
 constexpr int64_t kElementsPerChunk = 1 << 14;
 
-template <ElementwiseTable::RowForward ElementwiseTable::*kKernel>
-void row_forward(Address x, Address w, Address b, Address y, Address mean, Address rstd, int64_t groups, int64_t rows,
-                 int64_t columns, float eps, int threads) {
+void run_rows(ElementwiseTable::RowForward ElementwiseTable::*which, Address x, Address w, Address b, Address y,
+              Address mean, Address rstd, int64_t groups, int64_t rows, int64_t columns, float eps, int threads) {
     const RowTasks tasks(groups, rows, columns, kElementsPerChunk / std::max<int64_t>(columns, 1));
-    const auto kernel = table().*kKernel;
+    const auto kernel = table().*which;
     tasks.run(useful_threads(groups * rows * columns, threads),
               [&](int64_t group, int64_t, int64_t row, int64_t count, int) {
                   kernel(in(x) + row * columns, in(w) + group * columns, in(b) + group * columns,
                          out(y) + row * columns, out(mean) + row, out(rstd) + row, count, columns, eps);
               });
+}
+
+template <ElementwiseTable::RowForward ElementwiseTable::*kKernel>
+void row_forward(Address x, Address w, Address b, Address y, Address mean, Address rstd, int64_t groups, int64_t rows,
+                 int64_t columns, float eps, int threads) {
+    run_rows(kKernel, x, w, b, y, mean, rstd, groups, rows, columns, eps, threads);
 }
 
 // dw and db are 0 where no weight gradients are wanted. Otherwise every chunk of rows sums its own, and the chunks are
@@ -175,10 +180,15 @@ void td_lambda(Address reward, Address next_value, Address continues, Address re
 
 }  // namespace
 
+void forward_rows(ElementwiseTable::RowForward ElementwiseTable::*kernel, const float* x, const float* w, const float* b,
+                  float* y, float* mean, float* rstd, int64_t rows, int64_t columns, float eps, int threads) {
+    run_rows(kernel, address(x), address(w), address(b), address(y), address(mean), address(rstd), 1, rows, columns, eps,
+             threads);
+}
+
 void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
                             int64_t rows, int64_t columns, float eps, int threads) {
-    row_forward<&ElementwiseTable::mish_layernorm_forward>(address(x), address(w), address(b), address(y), address(mean),
-                                                           address(rstd), 1, rows, columns, eps, threads);
+    forward_rows(&ElementwiseTable::mish_layernorm_forward, x, w, b, y, mean, rstd, rows, columns, eps, threads);
 }
 
 void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,

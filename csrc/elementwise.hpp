@@ -3,9 +3,15 @@
 
 #include <cstdint>
 
+#include "elementwise_table.hpp"
+
 namespace pwm_fast {
 
 using Address = std::uintptr_t;  // of a tensor's data
+
+// y = kernel(x) of one group's rows [rows, columns]; y may be x.
+void forward_rows(ElementwiseTable::RowForward ElementwiseTable::*kernel, const float* x, const float* w, const float* b,
+                  float* y, float* mean, float* rstd, int64_t rows, int64_t columns, float eps, int threads);
 
 // Mish and LayerNorm of one group's rows [rows, columns]; see ElementwiseTable.
 void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,

@@ -12,6 +12,7 @@
 
 #include "elementwise.hpp"
 #include "elementwise_threads.hpp"
+#include "gemm_rows.hpp"
 #include "huge_pages.hpp"
 #include "isa.hpp"
 
@@ -62,7 +63,9 @@ void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int thread
     const int64_t panels = (n + kernels.panel - 1) / kernels.panel, parts = std::min<int64_t>(used, panels);
     WorkerPool::instance().run(groups * parts, used, [&](int64_t task, int) {
         const int64_t part = task % parts;
-        kernels.multiply(product_of(task / parts), panels * part / parts, panels * (part + 1) / parts);
+        const Product product = product_of(task / parts);
+        const auto multiply = few_rows(product) ? multiply_few_rows : kernels.multiply;
+        multiply(product, panels * part / parts, panels * (part + 1) / parts);
     });
 }
 
@@ -108,12 +111,14 @@ void multiply_on_threads(const Product& product, int threads) {
 }  // namespace pwm_fast
 
 void register_gemm_mlp(py::module_& module);
+void register_gemm_rows_network(py::module_& module);
 
 void register_gemm(py::module_& module) {
     using namespace pwm_fast;
     module.def("has_gemm", &fastest, "Whether gemm is the automatic choice: AVX2 or better, or a forced instruction set.");
     module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
     register_gemm_mlp(module);
+    register_gemm_rows_network(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
     module.def("gemm_panel", [] { return gemm_table().panel; }, "Columns of a panel, as gemm_pack writes them.");

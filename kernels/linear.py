@@ -53,9 +53,7 @@ def forward(
     groups, outputs = weight.shape[:2]
     if bias is not None and bias.shape != (groups, outputs):
         raise ValueError(f"bias must be {(groups, outputs)}, got {tuple(bias.shape)}")
-    # one row reads every weight once: packing them first takes three times as long as the product
-    single = backend is None and groups == x.shape[1] == 1
-    native = None if single else gemm_for(backend, x, weight, *(() if bias is None else (bias,)))
+    native = gemm_for(backend, x, weight, *(() if bias is None else (bias,)))
     if native is not None:
         return multiply(native, x, weight.mT, _place(out, x, groups, x.shape[1], outputs), bias)
     if groups == 1:

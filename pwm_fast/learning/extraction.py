@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pwm_fast.kernels import td_lambda
+from pwm_fast.kernels.gemm import huge_copy
 from pwm_fast.learning import noise as counter_noise
 from pwm_fast.learning.configuration import PRECISIONS, PRESETS, ExtractionConfig, preset
 from pwm_fast.learning.imagination import Imagination, Rollout
@@ -353,7 +354,7 @@ class Extraction:
     def policies(self, averaged: bool = False) -> list[Policy]:
         """The policies as they are now, or averaged over their last steps; copies that share one encoder's weights."""
         encoder = [
-            FrozenLayer(s.weight.clone(), s.bias.clone(), s.activation, _copy(s.ln_weight), _copy(s.ln_bias))
+            FrozenLayer(huge_copy(s.weight), s.bias.clone(), s.activation, _copy(s.ln_weight), _copy(s.ln_bias))
             for s in self.imagination.encoder.layers
         ]
         out, rows, w = [], self.average if averaged else self.actor.parameters.flat, self.world_config

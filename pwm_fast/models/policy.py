@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pwm_fast import backend
+from pwm_fast.kernels.gemm import gemm_for, huge_copy
+from pwm_fast.kernels.row_network import RowLayer, RowNetwork
 from pwm_fast.models.frozen import FrozenNetwork
 from pwm_fast.models.population_mlp import Activations, PopulationMLP
 from pwm_fast.models.workspace import Workspace
@@ -127,6 +130,7 @@ class Policy:
     def __init__(self, encoder: list[FrozenLayer], actor: Actor, description: dict[str, Any]):
         self._encoder_layers, self._actor, self.description = encoder, actor, description
         self._encoder = FrozenNetwork(encoder, description["simnorm_dim"])
+        self._network = _native_network(encoder, actor, description["simnorm_dim"])
 
     @property
     def task(self) -> str:
@@ -144,7 +148,6 @@ class Policy:
         """A copy on another device."""
         return Policy.from_tensors({k: v.to(device) for k, v in self.tensors().items()}, self.description)
 
-    @torch.no_grad()
     def act(
         self, obs: Tensor | np.ndarray, deterministic: bool = True, generator: torch.Generator | None = None
     ) -> Any:
@@ -153,24 +156,39 @@ class Policy:
         `deterministic` takes the mean, else one sample per row (from `generator`). Raises ValueError on another
         observation size.
         """
+        shape = tuple(np.shape(obs))
+        if not shape or shape[-1] != self.obs_dim:
+            raise ValueError(f"observations must have {self.obs_dim} entries ({self.task}), got {shape}")
         flat = self._actor.parameters.flat
+        if deterministic and isinstance(obs, np.ndarray) and (network := self._native(flat)) is not None:
+            action = network.forward_array(obs)
+            torch.from_numpy(action).tanh_()
+            return action
         x = torch.as_tensor(obs).to(flat.device, flat.dtype)
-        if x.dim() == 0 or x.shape[-1] != self.obs_dim:
-            raise ValueError(f"observations must have {self.obs_dim} entries ({self.task}), got {tuple(x.shape)}")
-        z = self._encoder.forward(x.reshape(1, -1, self.obs_dim))[0]
-        if deterministic:
-            action = self._actor.mean(z)
-        else:
-            shape = (1, z.shape[1], self.action_dim)
-            noise = torch.randn(shape, generator=generator, dtype=flat.dtype, device=flat.device)
-            action = self._actor.forward(z, noise).action
-        action = action.reshape(*x.shape[:-1], self.action_dim)
+        mean = self._mean(x.reshape(-1, self.obs_dim), 0)
+        if not deterministic:
+            noise = torch.randn(mean.shape, generator=generator, dtype=flat.dtype, device=flat.device)
+            mean = torch.addcmul(mean, self._actor.parameters["log_std"].exp(), noise)
+        action = mean.tanh_().view(*shape[:-1], self.action_dim)
         return action.cpu().numpy() if isinstance(obs, np.ndarray) else action
 
-    @torch.no_grad()
     def act_latent(self, z: Tensor) -> Tensor:
         """Mean actions [..., A] in latent states z [..., Z]."""
-        return self._actor.mean(z.reshape(1, -1, z.shape[-1]))[0].view(*z.shape[:-1], self.action_dim)
+        mean = self._mean(z.reshape(-1, z.shape[-1]), len(self._encoder_layers))
+        return mean.tanh_().view(*z.shape[:-1], self.action_dim)
+
+    def _native(self, x: Tensor) -> RowNetwork | None:
+        """All layers in one native call, if it can take `x`: calls layer by layer cost several times a small policy's
+        layers. Both ways give the same bits."""
+        return self._network if self._network is not None and gemm_for(None, x) is not None else None
+
+    @torch.no_grad()
+    def _mean(self, x: Tensor, first: int) -> Tensor:
+        """Actions before tanh [R, A] of inputs [R, .] of layer `first`, the encoder's or the actor's first one."""
+        if (network := self._native(x)) is not None:
+            return network.forward(x, first)
+        z = x[None] if first else self._encoder.forward(x[None])[0]
+        return self._actor.mlp.forward(z)[0][0]
 
     def tensors(self) -> dict[str, Tensor]:
         """All parameters by name: `encoder.{i}...` (observation statistics folded into layer 0) and `actor...`."""
@@ -201,7 +219,7 @@ class Policy:
             raise ValueError(f"unknown parameters: {', '.join(strange)}")
         layers = []
         for i in range(len(widths) - 1):
-            weight, bias, *ln = (tensors[f"encoder.{i}.{name}"] for name in ("weight", *vectors))
+            weight, bias, *ln = (huge_copy(tensors[f"encoder.{i}.{name}"]) for name in ("weight", *vectors))
             last = i == len(widths) - 2
             activation = ("simnorm" if last else "mish") if normed else "none"
             layers.append(FrozenLayer(weight, bias[None], activation, *ln))
@@ -252,3 +270,23 @@ class Policy:
             return Policy.from_tensors(tensors, description)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{weights} does not fit {description_path}: {error}") from error
+
+
+def _native_network(encoder: list[FrozenLayer], actor: Actor, simnorm_dim: int) -> RowNetwork | None:
+    """Encoder and actor as one native network on the weights where they lie; None where it cannot run them."""
+    p = actor.parameters
+    if (
+        backend.native is None
+        or not p.flat.is_cpu
+        or not all(t.dtype is torch.float32 for t in (p.flat, *(s.weight for s in encoder)))
+    ):
+        return None
+    if simnorm_dim != 8 and any(s.activation == "simnorm" for s in encoder):
+        return None
+    kernels = {"none": "none", "mish": "layernorm_mish", "simnorm": "layernorm_simnorm"}
+    layers = [RowLayer(kernels[s.activation], s.weight, s.bias[0], s.ln_weight, s.ln_bias) for s in encoder]
+    names = ("weight", "bias", "ln.weight", "ln.bias")
+    for i in range(actor.mlp.depth - 1):
+        layers.append(RowLayer("mish_layernorm", *(p[f"{i}.{name}"][0] for name in names)))
+    last = actor.mlp.depth - 1
+    return RowNetwork([*layers, RowLayer("none", p[f"{last}.weight"][0], p[f"{last}.bias"][0])])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from small import OBS_DIM, extraction, start_obs, world_model
 
+from pwm_fast import backend
 from pwm_fast.models.policy import DESCRIPTION_FILE, WEIGHTS_FILE, Actor, Policy
 from pwm_fast.models.world_model import LATENTS
 
@@ -39,6 +42,36 @@ def test_act_takes_numpy_and_single_observations(policy: Policy) -> None:
     assert isinstance(actions, np.ndarray) and actions.shape == (5, policy.action_dim)
     np.testing.assert_allclose(policy.act(obs[0]), actions[0], rtol=1e-5, atol=1e-6)
     assert np.abs(actions).max() <= 1
+
+
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray], ids=["torch", "numpy"])
+def test_an_action_does_not_depend_on_the_episodes_beside_it(policy: Policy, kind: Callable) -> None:
+    obs = kind(np.random.default_rng(0).normal(size=(16, OBS_DIM)).astype(np.float32))
+    together = np.asarray(policy.act(obs))
+    if backend.resolve() == "native":  # torch's products may add in another order for other numbers of rows
+        for row in range(16):
+            np.testing.assert_array_equal(np.asarray(policy.act(obs[row])), together[row])
+
+
+def test_native_and_torch_agree(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    obs = np.random.default_rng(0).normal(size=(5, OBS_DIM))
+    z = torch.rand(5, policy.description["latent_dim"])
+    draw = partial(policy.act, obs, deterministic=False)
+    calls = (
+        lambda: policy.act(obs),
+        lambda: policy.act(obs.tolist()).numpy(),
+        lambda: draw(generator=torch.Generator().manual_seed(3)),
+        lambda: policy.act_latent(z).numpy(),
+    )
+    found = [call() for call in calls]
+    monkeypatch.setenv(backend.VARIABLE, "torch")
+    for call, native in zip(calls, found):
+        np.testing.assert_allclose(native, call(), rtol=1e-5, atol=1e-6)
+
+
+def test_actions_have_no_gradient(policy: Policy) -> None:
+    obs = torch.zeros(2, OBS_DIM, requires_grad=True)
+    assert not policy.act(obs).requires_grad and not policy.act(obs, deterministic=False).requires_grad
 
 
 def test_sampled_actions_follow_the_generator(policy: Policy) -> None:
