@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pwm_fast.envs import dm_control, meta_world, registry
+from pwm_fast.envs import dm_control, meta_world_simulator, registry
 from pwm_fast.envs.evaluation import evaluate, evaluate_population
 from pwm_fast.envs.suite_vector import episode_seeds
 
@@ -104,7 +104,7 @@ def test_little_is_added_to_the_simulators(name: str) -> None:
 
     def ours() -> np.ndarray:
         dm_control._prototype.cache_clear()
-        meta_world._compiled.cache_clear()
+        meta_world_simulator.compiled.cache_clear()
         return evaluate(name, linear(registry.get(name)), EPISODES, seed=0).returns
 
     calls, best, found = (lambda: plain_loop(name, EPISODES), ours), [np.inf, np.inf], [np.zeros(0)] * 2
