@@ -135,10 +135,10 @@ def _in_workers(
                 number, counting, action = busy.pop(worker)
                 group = groups[number]
                 if counting is None:
-                    counting = Counting(_seen(workers.first_obs(worker), group), record)
+                    counting = Counting(workers.first_obs(worker), record)
                 else:
                     obs, told = workers.stepped(worker)
-                    counting.step(action, _seen(obs, group), **told)
+                    counting.step(action, obs, **told)
                 if counting.running.any():
                     action = _acted(policy_fns[group.policy], counting.obs, group)
                     workers.act(worker, action)
@@ -148,10 +148,6 @@ def _in_workers(
                 if waiting:
                     begin(worker)
     return [results[number] for number in range(len(groups))]
-
-
-def _seen(padded: np.ndarray, group: _Group) -> np.ndarray:
-    return padded[: group.num_envs, : group.task.obs_dim].copy()
 
 
 def _acted(policy_fn: Policy, obs: np.ndarray, group: _Group) -> np.ndarray:
