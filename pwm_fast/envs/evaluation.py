@@ -118,7 +118,8 @@ def _in_workers(
 
     count = min(processes or usable_cores() + 1, len(groups))
     largest = [max(sizes) for sizes in zip(*((g.num_envs, g.task.obs_dim, g.task.action_dim) for g in groups))]
-    waiting = deque(range(len(groups)))
+    # long episodes first, so that the processes end together; tasks that share a model stay side by side
+    waiting = deque(sorted(range(len(groups)), key=lambda number: -groups[number].task.episode_length))
     results: dict[int, EpisodeResults] = {}
     with Workers(count, *largest) as workers:
         busy: dict[int, tuple[int, Counting | None, Any]] = {}  # worker -> its group, its episodes, their last action
