@@ -77,10 +77,11 @@ def plain_loop(name: str, episodes: int) -> np.ndarray:
             step = env.reset()
             for _ in range(task.episode_length):
                 obs = np.concatenate([np.ravel(part) for part in step.observation.values()]).astype(np.float32)
-                action = policy(obs)
+                action, earned = policy(obs).astype(np.float32).astype(np.float64), 0.0
                 for _ in range(2):
-                    step = env.step(action.astype(np.float32).astype(np.float64))
-                    returns[episode] += step.reward
+                    step = env.step(action)
+                    earned += step.reward
+                returns[episode] += earned
         return returns
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
@@ -91,15 +92,16 @@ def plain_loop(name: str, episodes: int) -> np.ndarray:
         obs, _ = env.reset()
         env.step(np.zeros(4))
         for _ in range(task.episode_length):
-            action = policy(obs.astype(np.float32)).astype(np.float32).astype(np.float64)
+            action, earned = policy(obs.astype(np.float32)).astype(np.float32).astype(np.float64), 0.0
             for _ in range(2):
                 obs, reward, *_ = env.step(action)
-                returns[episode] += reward
+                earned += reward
+            returns[episode] += earned
     return returns
 
 
 @pytest.mark.parametrize("name", SHARE)
-def test_little_is_added_to_the_simulators(name: str) -> None:
+def test_less_than_the_simulators_own_interfaces_take(name: str) -> None:
     """Making environments included; they are compiled anew each time, as in a fresh process."""
 
     def ours() -> np.ndarray:
@@ -114,4 +116,4 @@ def test_little_is_added_to_the_simulators(name: str) -> None:
             found[i] = call()
             best[i] = min(best[i], time.process_time() - start)
     print(f"\n{name}: plain loop {best[0]:.2f} s of CPU, evaluate {best[1]:.2f} s: {best[1] / best[0]:.2f} times")
-    assert found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-6)
+    assert (found[1] == found[0]).all()
