@@ -4,7 +4,14 @@
 
 The first test takes a minute or more and prints the seconds passed and the CPU seconds of this process and its workers;
 the aim is 90 s on two cores. The second is for shared machines: CPU seconds of `evaluate` and of the plain loop over
-dm_control's and Meta-World's own environments, in turn, with the same returns asserted.
+dm_control's and Meta-World's own environments, in turn, with the same returns asserted, to the last bit.
+
+Measured on two busy Zen 3 cores: 141 CPU seconds, 71 on each core (8 s of them here: policies and messages), which is
+0.65 times those of the simulators' classes as they are; `evaluate` takes 0.40 (mw-coffee-pull) to 0.94 (cheetah-run)
+times the plain loop. Whose share it is, environments one by one: 28% physics in C (MuJoCo's steps, resets included),
+11% compiling the models from XML, 32% the suites' rewards and observations in Python, 8% copying a model for each of
+the ten environments of a task, 21% Python around all this, the suites' and ours. The first two, 39%, are the floor
+without another simulator; the third stays as long as rewards are computed by the suites themselves.
 """
 
 from __future__ import annotations
