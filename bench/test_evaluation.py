@@ -4,7 +4,14 @@
 
 The first test takes a minute or more and prints the seconds passed and the CPU seconds of this process and its workers;
 the aim is 90 s on two cores. The second is for shared machines: CPU seconds of `evaluate` and of the plain loop over
-dm_control's and Meta-World's own environments, in turn, with the same returns asserted.
+dm_control's and Meta-World's own environments, in turn, with the same returns asserted, to the last bit.
+
+Measured on two busy Zen 3 cores: 141 CPU seconds, 71 on each core (8 s of them here: policies and messages), which is
+0.65 times those of the simulators' classes as they are; `evaluate` takes 0.40 (mw-coffee-pull) to 0.94 (cheetah-run)
+times the plain loop. Whose share it is, environments one by one: 28% physics in C (MuJoCo's steps, resets included),
+11% compiling the models from XML, 32% the suites' rewards and observations in Python, 8% copying a model for each of
+the ten environments of a task, 21% Python around all this, the suites' and ours. The first two, 39%, are the floor
+without another simulator; the third stays as long as rewards are computed by the suites themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from pwm_fast.envs import dm_control, meta_world, registry
+from pwm_fast.envs import dm_control, meta_world_simulator, registry
 from pwm_fast.envs.evaluation import evaluate, evaluate_population
 from pwm_fast.envs.suite_vector import episode_seeds
 
@@ -77,10 +84,11 @@ def plain_loop(name: str, episodes: int) -> np.ndarray:
             step = env.reset()
             for _ in range(task.episode_length):
                 obs = np.concatenate([np.ravel(part) for part in step.observation.values()]).astype(np.float32)
-                action = policy(obs)
+                action, earned = policy(obs).astype(np.float32).astype(np.float64), 0.0
                 for _ in range(2):
-                    step = env.step(action.astype(np.float32).astype(np.float64))
-                    returns[episode] += step.reward
+                    step = env.step(action)
+                    earned += step.reward
+                returns[episode] += earned
         return returns
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
@@ -91,20 +99,21 @@ def plain_loop(name: str, episodes: int) -> np.ndarray:
         obs, _ = env.reset()
         env.step(np.zeros(4))
         for _ in range(task.episode_length):
-            action = policy(obs.astype(np.float32)).astype(np.float32).astype(np.float64)
+            action, earned = policy(obs.astype(np.float32)).astype(np.float32).astype(np.float64), 0.0
             for _ in range(2):
                 obs, reward, *_ = env.step(action)
-                returns[episode] += reward
+                earned += reward
+            returns[episode] += earned
     return returns
 
 
 @pytest.mark.parametrize("name", SHARE)
-def test_little_is_added_to_the_simulators(name: str) -> None:
+def test_less_than_the_simulators_own_interfaces_take(name: str) -> None:
     """Making environments included; they are compiled anew each time, as in a fresh process."""
 
     def ours() -> np.ndarray:
         dm_control._prototype.cache_clear()
-        meta_world._compiled.cache_clear()
+        meta_world_simulator.compiled.cache_clear()
         return evaluate(name, linear(registry.get(name)), EPISODES, seed=0).returns
 
     calls, best, found = (lambda: plain_loop(name, EPISODES), ours), [np.inf, np.inf], [np.zeros(0)] * 2
@@ -114,4 +123,4 @@ def test_little_is_added_to_the_simulators(name: str) -> None:
             found[i] = call()
             best[i] = min(best[i], time.process_time() - start)
     print(f"\n{name}: plain loop {best[0]:.2f} s of CPU, evaluate {best[1]:.2f} s: {best[1] / best[0]:.2f} times")
-    assert found[1] == pytest.approx(found[0], rel=1e-6, abs=1e-6)
+    assert (found[1] == found[0]).all()

@@ -14,15 +14,20 @@ _DOMAINS = {"cup": "ball_in_cup"}
 
 
 @lru_cache(maxsize=4)
-def _prototype(name: str) -> Any:
-    """dm_control's environment of a task. Compiling its model takes far longer than copying it."""
+def _prototype(name: str) -> tuple[Any, Any, float]:
+    """dm_control's physics and task, and seconds of a control step. Compiling the model takes far longer than copying
+    it."""
     suite = import_extra("dm_control.suite", "mt80")
+    from pwm_fast.envs.dm_control_physics import lean
     from pwm_fast.envs.dm_control_tasks import CUSTOM
 
     if name in CUSTOM:
-        return CUSTOM[name]()
-    domain, task = name.split("-", 1)
-    return suite.load(_DOMAINS.get(domain, domain), task.replace("-", "_"))
+        made = CUSTOM[name]()
+    else:
+        domain, task = name.split("-", 1)
+        made = suite.load(_DOMAINS.get(domain, domain), task.replace("-", "_"))
+    physics: Any = type(made.physics)
+    return lean(physics).from_model(made.physics.model), made.task, made.control_timestep()
 
 
 class DmControlEnv(SuiteEnv):
@@ -31,9 +36,8 @@ class DmControlEnv(SuiteEnv):
 
     def __init__(self, task: Task, render_mode: str | None = None):
         super().__init__(task, render_mode)
-        prototype = _prototype(task.name)
-        self.physics, self.rules = prototype.physics.copy(), deepcopy(prototype.task)
-        timestep = prototype.control_timestep()
+        physics, rules, timestep = _prototype(task.name)
+        self.physics, self.rules = physics.copy(), deepcopy(rules)
         self._substeps = round(timestep / self.physics.timestep())
         spec = self.rules.action_spec(self.physics)
         self._low, self._range = spec.minimum, (spec.maximum - spec.minimum) / 2

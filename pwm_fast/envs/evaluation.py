@@ -118,7 +118,8 @@ def _in_workers(
 
     count = min(processes or usable_cores() + 1, len(groups))
     largest = [max(sizes) for sizes in zip(*((g.num_envs, g.task.obs_dim, g.task.action_dim) for g in groups))]
-    waiting = deque(range(len(groups)))
+    # long episodes first, so that the processes end together; tasks that share a model stay side by side
+    waiting = deque(sorted(range(len(groups)), key=lambda number: -groups[number].task.episode_length))
     results: dict[int, EpisodeResults] = {}
     with Workers(count, *largest) as workers:
         busy: dict[int, tuple[int, Counting | None, Any]] = {}  # worker -> its group, its episodes, their last action
@@ -135,10 +136,10 @@ def _in_workers(
                 number, counting, action = busy.pop(worker)
                 group = groups[number]
                 if counting is None:
-                    counting = Counting(_seen(workers.first_obs(worker), group), record)
+                    counting = Counting(workers.first_obs(worker), record)
                 else:
                     obs, told = workers.stepped(worker)
-                    counting.step(action, _seen(obs, group), **told)
+                    counting.step(action, obs, **told)
                 if counting.running.any():
                     action = _acted(policy_fns[group.policy], counting.obs, group)
                     workers.act(worker, action)
@@ -148,10 +149,6 @@ def _in_workers(
                 if waiting:
                     begin(worker)
     return [results[number] for number in range(len(groups))]
-
-
-def _seen(padded: np.ndarray, group: _Group) -> np.ndarray:
-    return padded[: group.num_envs, : group.task.obs_dim].copy()
 
 
 def _acted(policy_fn: Policy, obs: np.ndarray, group: _Group) -> np.ndarray:

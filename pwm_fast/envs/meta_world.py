@@ -1,7 +1,5 @@
 """The 50 Meta-World tasks of MT80: 100 agent steps of two, a new goal in each episode, success as of the last step."""
 
-from copy import copy
-from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,26 +7,6 @@ import numpy as np
 from pwm_fast.envs.extras import import_extra
 from pwm_fast.envs.registry import Task
 from pwm_fast.envs.suite_env import SuiteEnv
-
-
-@lru_cache(maxsize=2)  # of some 20 MB each
-def _compiled(path: str) -> Any:
-    return import_extra("mujoco", "mt80").MjModel.from_xml_path(path)
-
-
-@cache
-def _simulator(task: str) -> type:
-    """Meta-World's class of a task, its model compiled once per process: a copy takes a tenth of the time."""
-    mujoco = import_extra("mujoco", "mt80")
-    known = import_extra("metaworld.env_dict", "mt80").ALL_V3_ENVIRONMENTS
-
-    def simulation(env: Any) -> tuple[Any, Any]:
-        model = copy(_compiled(env.fullpath))
-        screen = model.vis.global_
-        screen.offwidth, screen.offheight = max(screen.offwidth, env.width), max(screen.offheight, env.height)
-        return model, mujoco.MjData(model)
-
-    return type(task, (known[task],), {"_initialize_simulation": simulation})
 
 
 class MetaWorldEnv(SuiteEnv):
@@ -40,8 +18,11 @@ class MetaWorldEnv(SuiteEnv):
 
     def __init__(self, task: Task, render_mode: str | None = None):
         super().__init__(task, render_mode)
-        simulator = _simulator(f"{task.name.removeprefix('mw-')}-v3")
-        self.simulator: Any = simulator(render_mode=render_mode, camera_name="corner2", width=320, height=240)
+        import_extra("metaworld", "mt80")
+        from pwm_fast.envs.meta_world_simulator import simulator
+
+        made = simulator(task.name.removeprefix("mw-"))
+        self.simulator: Any = made(render_mode=render_mode, camera_name="corner2", width=320, height=240)
         self.simulator.model.cam_pos[self.simulator.model.camera("corner2").id] = (0.75, 0.075, 0.7)  # nearer
         # What Meta-World's own goal-observable classes set: goals are shown, and drawn from the seeded generator.
         self.simulator._partially_observable = False

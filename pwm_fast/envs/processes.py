@@ -7,11 +7,11 @@ one waits for its policy, the others step.
 
 import multiprocessing
 import os
+import selectors
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
 
@@ -22,17 +22,21 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from pwm_fast.envs.registry import Task
 
+_TOLD = ("reward", "terminated", "truncated", "success")  # the first columns of an answer; success: NaN if not told
+
 
 class TaskBatch(gymnasium.Env):
     """Lives in a worker: up to N environments of one task, padded to [N, S] and [N, A]; `reset` says which.
 
-    Everything but the observations travels in the info: reward, terminated, truncated [n], and success [n] where the
-    task tells it.
+    Its "observations" are all that a step gives: rows of reward, terminated, truncated, success and the observation,
+    [N, 4 + S] float64, which holds float32 exactly. Its actions are the bytes of [n, a] float32. Infos and arrays,
+    pickled and put together for each step, would cost several times as much.
     """
 
     def __init__(self, num_envs: int, obs_dim: int, action_dim: int):
-        self.observation_space = Box(-np.inf, np.inf, (num_envs, obs_dim), np.float32)
+        self.observation_space = Box(-np.inf, np.inf, (num_envs, len(_TOLD) + obs_dim), np.float64)
         self.action_space = Box(-1.0, 1.0, (num_envs, action_dim), np.float32)
+        self._answer = np.zeros((num_envs, len(_TOLD) + obs_dim))
         self._envs: Any = None
         self._made: tuple | None = None
         if multiprocessing.parent_process() is not None:
@@ -46,20 +50,18 @@ class TaskBatch(gymnasium.Env):
             self.close()
             self._envs, self._made = options["task"].make_vector(options["num_envs"], threads=1), wanted
         obs, _ = self._envs.reset(seed=options["seed"])
-        return self._padded(obs), {}
+        return self._answered(obs), {}
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        count, width = self._envs.action_space.shape
-        obs, reward, terminated, truncated, info = self._envs.step(action[:count, :width])
-        told = {"reward": reward, "terminated": terminated, "truncated": truncated}
-        if "success" in info:
-            told["success"] = info["success"]
-        return self._padded(obs), 0.0, False, False, told
+    def step(self, action: bytes) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        actions = np.frombuffer(action, np.float32).reshape(self._envs.action_space.shape)
+        obs, reward, terminated, truncated, info = self._envs.step(actions)
+        return self._answered(obs, reward, terminated, truncated, info.get("success", np.nan)), 0.0, False, False, {}
 
-    def _padded(self, obs: np.ndarray) -> np.ndarray:
-        padded = np.zeros(self.observation_space.shape or (), np.float32)
-        padded[: obs.shape[0], : obs.shape[1]] = obs
-        return padded
+    def _answered(self, obs: np.ndarray, *told: Any) -> np.ndarray:
+        for column, values in enumerate(told):
+            self._answer[: len(obs), column] = values
+        self._answer[: len(obs), len(_TOLD) : len(_TOLD) + obs.shape[1]] = obs
+        return self._answer
 
     def close(self) -> None:
         if self._envs is not None:
@@ -72,6 +74,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Worker(AsyncVectorEnv):
+    """One process with one environment: Gymnasium's messages without its work for many environments and infos."""
+
+    def ask(self, command: str, argument: Any) -> None:
+        self.parent_pipes[0].send((command, argument))
+
+    def answer(self) -> np.ndarray:
+        """The environment's observation, valid until the next question. Raises what it raised."""
+        _, fine = self.parent_pipes[0].recv()
+        self._raise_if_errors([fine])
+        return self.observations[0]
+
+
 class Workers:
     """`count` worker processes for environments of at most these sizes, started by `with` and ended with it.
 
@@ -81,8 +96,9 @@ class Workers:
 
     def __init__(self, count: int, num_envs: int, obs_dim: int, action_dim: int):
         self._count, self._batch = count, partial(TaskBatch, num_envs, obs_dim, action_dim)
-        self._shape = (num_envs, action_dim)
-        self._workers: list[AsyncVectorEnv] = []
+        self._workers: list[_Worker] = []
+        self._answers = selectors.DefaultSelector()
+        self._sizes: dict[int, tuple[int, int]] = {}  # worker -> environments and entries of an observation
 
     def __enter__(self) -> "Workers":
         try:
@@ -97,10 +113,12 @@ class Workers:
                     "starts processes needs to be a file, with its work under `if __name__ == '__main__':`)"
                 ) from error
             raise
+        for index, worker in enumerate(self._workers):
+            self._answers.register(worker.parent_pipes[0], selectors.EVENT_READ, index)
         return self
 
     def _start(self) -> None:
-        worker = AsyncVectorEnv([self._batch], copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
+        worker = _Worker([self._batch], copy=False, context="spawn", autoreset_mode=AutoresetMode.DISABLED)
         self._workers.append(worker)
 
     def __exit__(
@@ -109,6 +127,7 @@ class Workers:
         self._end()
 
     def _end(self) -> None:
+        self._answers.close()
         # not VectorEnv.close(): it would wait for an answer that is under way, and raise what it says
         for worker in self._workers:
             for process in worker.processes:
@@ -123,31 +142,47 @@ class Workers:
 
     def begin(self, worker: int, task: Task, num_envs: int, seed: int | list[int]) -> None:
         """Have a worker start episodes of a task."""
-        self._call(worker, "reset_async", options={"task": task, "num_envs": num_envs, "seed": seed})
+        self._sizes[worker] = (num_envs, task.obs_dim)
+        options = {"task": task, "num_envs": num_envs, "seed": seed}
+        self._talk(worker, "ask", "reset", {"seed": None, "options": options})
 
     def act(self, worker: int, action: np.ndarray) -> None:
-        """Have a worker's environments take a step: action [n, a]."""
-        padded = np.zeros((1, *self._shape), np.float32)
-        padded[0, : action.shape[0], : action.shape[1]] = action
-        self._call(worker, "step_async", padded)
+        """Have a worker's environments take a step: action [n, a] float32."""
+        self._talk(worker, "ask", "step", action.tobytes())
 
     def ready(self, waiting: Sequence[int]) -> list[int]:
         """Those of the workers that have answered; waits for the first."""
-        pipes: dict[Any, int] = {self._workers[index].parent_pipes[0]: index for index in waiting}
-        return sorted(pipes[pipe] for pipe in wait(list(pipes)))
+        while True:
+            found = [key for key, _ in self._answers.select()]
+            for key in found:
+                if key.data not in waiting:  # it ended, as nobody asked it
+                    self._answers.unregister(key.fileobj)
+            answered = sorted(key.data for key in found if key.data in waiting)
+            if answered:
+                return answered
 
     def first_obs(self, worker: int) -> np.ndarray:
-        """The answer to `begin`: obs [N, S], valid until the worker's next step."""
-        return self._call(worker, "reset_wait")[0][0]
+        """The answer to `begin`: obs [n, s] float32."""
+        return self._read(worker)[1]
 
     def stepped(self, worker: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The answer to `act`: obs [N, S], valid until the worker's next step, and the info of TaskBatch."""
-        obs, *_, info = self._call(worker, "step_wait")
-        return obs[0], {name: value[0] for name, value in info.items() if not name.startswith("_")}
+        """The answer to `act`: obs [n, s] float32; reward, terminated, truncated [n], and success [n] where the task
+        tells it."""
+        (reward, *rest), obs = self._read(worker)
+        told = {"reward": reward, **{name: values != 0 for name, values in zip(_TOLD[1:], rest)}}
+        if np.isnan(rest[-1][0]):
+            del told["success"]
+        return obs, told
 
-    def _call(self, worker: int, method: str, *arguments: Any, **options: Any) -> Any:
+    def _read(self, worker: int) -> tuple[np.ndarray, np.ndarray]:
+        """[4, n] as `_TOLD` names them, and obs [n, s]."""
+        count, width = self._sizes[worker]
+        rows = self._talk(worker, "answer")[:count]
+        return rows[:, : len(_TOLD)].T.copy(), rows[:, len(_TOLD) : len(_TOLD) + width].astype(np.float32)
+
+    def _talk(self, worker: int, method: str, *arguments: Any) -> Any:
         try:
-            return getattr(self._workers[worker], method)(*arguments, **options)
+            return getattr(self._workers[worker], method)(*arguments)
         except (EOFError, ConnectionError) as error:
             self._workers[worker].processes[0].join()
             code = self._workers[worker].processes[0].exitcode

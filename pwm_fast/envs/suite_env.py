@@ -41,7 +41,7 @@ class SuiteEnv(gymnasium.Env, ABC):
         if not self._steps_left:
             raise RuntimeError(f"the episode of {self.task.name} is over; call reset() before the next step")
         self._steps_left -= 1
-        obs, reward, info = self._advance(np.clip(np.asarray(action, np.float64), -1.0, 1.0))
+        obs, reward, info = self._advance(np.minimum(np.maximum(np.asarray(action, np.float64), -1.0), 1.0))
         return obs, reward, False, not self._steps_left, info
 
     def render(self) -> np.ndarray | None:

@@ -102,6 +102,16 @@ def test_a_killed_process_is_reported():
     assert not children()
 
 
+def test_the_end_of_an_idle_process_disturbs_nobody():
+    with Workers(2, 1, 3, 1) as workers:
+        workers._workers[1].processes[0].kill()
+        workers._workers[1].processes[0].join()
+        workers.begin(0, registry.get("gym:Pendulum-v1"), 1, [0])
+        assert workers.ready([0]) == [0] and workers.first_obs(0).shape == (1, 3)
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            workers.begin(1, registry.get("gym:Pendulum-v1"), 1, [0])
+
+
 PROGRAM = """
 import os, sys, time
 from pwm_fast.envs.evaluation import evaluate_population
