@@ -33,13 +33,13 @@ __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp
 #ifdef __AVX512BF16__
 constexpr int64_t kStep = 2;  // places along k that one multiplication takes
 
-__m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
+PWM_FAST_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 #else
 constexpr int64_t kStep = 1;
 
-__m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+PWM_FAST_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 #endif
 
 // C's tile [kRows, 16 kVectors] += or = A's packed tile times B's panel; `last` masks the last vector of columns.

@@ -45,7 +45,7 @@ def check_device(device: str, precision: str, on_cpu: Sequence[str] = ("fp32",))
         raise ValueError(f"device {device}: torch {torch.__version__} sees no GPU; use --device cpu")
     if precision not in on_cpu and not device.startswith("cuda"):
         raise ValueError(
-            f"precision {precision} needs a GPU (--device cuda), got --device {device}, which has {' and '.join(on_cpu)}"
+            f"precision {precision} needs a GPU (--device cuda), got --device {device}: use {' or '.join(on_cpu)} there"
         )
 
 
