@@ -121,5 +121,6 @@ void register_gemm(py::module_& module) {
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
     module.def("gemm_panel", [] { return gemm_table().panel; }, "Columns of a panel, as gemm_pack writes them.");
-    module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n]; a pair of bfloat16 is a float.");
+    module.def("gemm_packed_floats", &gemm_packed_floats,
+               "Size of what gemm_pack writes for B [k, n]; a pair of bfloat16 is as large as a float.");
 }

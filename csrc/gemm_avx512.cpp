@@ -12,11 +12,8 @@ void pack(const Matrix& b, int64_t k, int64_t n, float* out) {
 
 void pack_bf16(const Matrix& b, int64_t k, int64_t n, float* out) {
     thread_local Scratch for_b;
-    float* const panel = for_b.floats(kPanel * k);
-    for (int64_t column = 0; column < n; column += kPanel, out += kPanel * pairs_of(k)) {
-        pack_panel(b, 0, k, column, n, panel);
-        pair_rows<kPanel>(panel, k, out);
-    }
+    const auto floats = [&](int64_t column, float* panel) { pack_panel(b, 0, k, column, n, panel); };
+    pack_pairs<kPanel>(k, n, for_b.floats(kPanel * k), out, floats);
 }
 
 float multiply_adds(int64_t rounds) {

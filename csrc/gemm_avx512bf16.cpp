@@ -1,5 +1,5 @@
-// The product of gemm_tiles_avx512.hpp for AVX512-BF16, where operands are bfloat16: two multiplications in one and half the
-// bytes of both. The processor takes numbers below 1.2e-38 for zero there. All other products are those of AVX-512.
+// The product of gemm_tiles_avx512.hpp for AVX512-BF16, where factors are bfloat16: two multiplications in one instruction,
+// which takes numbers below 1.2e-38 for zero. All other products are those of AVX-512.
 #include "gemm_tiles_avx512.hpp"
 
 namespace pwm_fast {

@@ -32,6 +32,15 @@ void pair_rows(const float* rows, int64_t depth, float* out) {
     }
 }
 
+// B [k, n] in panels of pairs; pack_panel(column, panel) writes the floats [k][kWidth] of one, for which there is room.
+template <int64_t kWidth, typename PackPanel>
+void pack_pairs(int64_t k, int64_t n, float* panel, float* out, PackPanel pack_panel) {
+    for (int64_t column = 0; column < n; column += kWidth, out += kWidth * pairs_of(k)) {
+        pack_panel(column, panel);
+        pair_rows<kWidth>(panel, k, out);
+    }
+}
+
 // The floats [2 * count][kWidth] of `count` rows of pairs.
 template <int64_t kWidth>
 void widen_pairs(const float* pairs, int64_t count, float* out) {

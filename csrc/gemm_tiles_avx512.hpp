@@ -1,15 +1,15 @@
-// The product's kernel for AVX-512, included by one source file per instruction set. Structure of Goto and van de Geijn (2008): blocks of A and panels of B are copied so
-// that the innermost kernel reads both in sequence; it holds a tile of C, 14 rows by 32 columns, in 28 registers.
-// Measured on Zen 4, one core of 115 GFLOP/s: 105 to 112 at 64 to 256 rows with operands in its cache, 95 to 102 from
-// the third level (packing B^T takes 7%, packing A 3 to 6%), where torch's MKL and oneDNN had 80 to 95 in extraction
-// because they copy a transposed B each time and add the bias in another pass.
-// Products in bfloat16 read B's pairs (gemm_bf16.hpp) where they lie and copy A as pairs where AVX512-BF16 multiplies these;
-// else they make floats of B's, as other products copy B, and round A.
+// The product's kernel for AVX-512, included by one source file per instruction set. Structure of Goto and van de Geijn
+// (2008): blocks of A and panels of B are copied so that the innermost kernel reads both in sequence; it holds a tile of C,
+// 14 rows by 32 columns, in 28 registers. Measured on Zen 4, one core of 115 GFLOP/s: 105 to 112 at 64 to 256 rows with
+// operands in its cache, 95 to 102 from the third level (packing B^T takes 7%, packing A 3 to 6%), where torch's MKL and
+// oneDNN had 80 to 95 in extraction because they copy a transposed B each time and add the bias in another pass.
+// Of bfloat16, AVX512-BF16 reads B's pairs (gemm_bf16.hpp) where they lie and A copied as pairs; elsewhere floats are made
+// of B's pairs when other products would copy B, and A is rounded.
 #pragma once
 
 #define PWM_FAST_LANES 16
-#include "gemm_bf16.hpp"
 #include "gemm.hpp"
+#include "gemm_bf16.hpp"
 
 #include <immintrin.h>
 
