@@ -27,7 +27,8 @@ product (actors' weights, gradients by weights). Reading A's rows where they lie
 0.99 of the speed, six streams for one.
 
 bf16 on AVX2 saves memory and no multiplication: products at 0.97 to 1.02 of float32's speed, 1.13 where the caches are
-contended; the half of a step that runs on the world model at 1.00 (1M), 1.02 to 1.16 (5M) and 1.06 to 1.14 (48M).
+contended. In a step that is nothing to speak of: 0.92 to 1.16 in the part on the world model (1M, 5M, 48M), with other
+work on the machine, and 0.95 to 1.09 in the critics' part, which is the same.
 
 The peak is a loop of multiply-adds in registers, timed in turn with the products: on a shared core it moves with them.
 Times are CPU seconds of this thread. `best` is the fastest of many calls; `mean`, over all of them, includes what other

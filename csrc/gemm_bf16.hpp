@@ -21,7 +21,8 @@ void round_to_bf16(float* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) Whole{}.store(x + i, reinterpret_cast<Vec>(rounded(Whole{}.load(x + i))));
 }
 
-// Rows [depth][kWidth] of floats as pairs [pairs_of(depth)][kWidth]; zero beside the last of an odd number.
+// Rows [depth][kWidth] of floats as pairs [pairs_of(depth)][kWidth]; zero beside the last of an odd number. Pairs may
+// take the place of their rows.
 template <int64_t kWidth>
 void pair_rows(const float* rows, int64_t depth, float* out) {
     for (int64_t k = 0; k < depth; k += 2, rows += 2 * kWidth, out += kWidth) {
