@@ -28,7 +28,7 @@ float* out(Address address) { return reinterpret_cast<float*>(address); }
 
 const ElementwiseTable& table() {
 #ifdef PWM_FAST_X86
-    if (selected_isa() == Isa::avx512) return elementwise_avx512();
+    if (selected_isa() >= Isa::avx512) return elementwise_avx512();
     if (selected_isa() == Isa::avx2) return elementwise_avx2();
 #endif
     return elementwise_portable();

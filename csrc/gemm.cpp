@@ -22,6 +22,7 @@ namespace pwm_fast {
 
 const GemmTable& gemm_table() {
 #ifdef PWM_FAST_X86
+    if (selected_isa() == Isa::avx512bf16) return gemm_avx512bf16();
     if (selected_isa() == Isa::avx512) return gemm_avx512();
     if (selected_isa() == Isa::avx2) return gemm_avx2();
 #endif
@@ -70,9 +71,9 @@ void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int thread
 }
 
 // C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k. `packed` is 0, or the panel's width
-// that B was packed for.
+// that B was packed for; with `bf16`, B is packed in bfloat16 and A is rounded to it.
 void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, const Vector& bias, const Vector& row_sums,
-          int64_t groups, int64_t m, int64_t n, int64_t k, int threads) {
+          int64_t groups, int64_t m, int64_t n, int64_t k, bool bf16, int threads) {
     if (packed != 0 && packed != gemm_table().panel) {
         throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " columns, " +
                                     name_of(selected_isa()) + " reads " + std::to_string(gemm_table().panel) +
@@ -81,25 +82,28 @@ void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, c
     multiply_groups(groups, m, n, k, threads, [&](int64_t group) {
         const auto [c_address, c_row, c_group] = c;
         const auto vector = [&](const Vector& v) { return at(std::get<0>(v), group * std::get<1>(v)); };
-        return Product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
-                       vector(bias), vector(row_sums)};
+        Product product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
+                        vector(bias), vector(row_sums)};
+        product.bf16 = bf16;
+        return product;
     });
 }
 
-void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, Address out) {
-    advise_huge_pages(at(out, 0), static_cast<size_t>(n * k) * sizeof(float));
-    gemm_table().pack({at(b, 0), b_row, b_column}, k, n, at(out, 0));
+int64_t gemm_packed_floats(int64_t k, int64_t n, bool bf16) {
+    const int64_t panel = gemm_table().panel;
+    return (n + panel - 1) / panel * panel * (bf16 ? (k + 1) / 2 : k);
+}
+
+void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, bool bf16, Address out) {
+    advise_huge_pages(at(out, 0), static_cast<size_t>(gemm_packed_floats(k, n, bf16)) * sizeof(float));
+    const GemmTable& kernels = gemm_table();
+    (bf16 ? kernels.pack_bf16 : kernels.pack)({at(b, 0), b_row, b_column}, k, n, at(out, 0));
 }
 
 // Floating-point operations done, and their result.
 std::tuple<double, float> gemm_peak(int64_t rounds) {
     const float sum = gemm_table().multiply_adds(rounds);
     return {2.0 * static_cast<double>(rounds * kChains * gemm_table().lanes), sum};
-}
-
-int64_t gemm_packed_floats(int64_t k, int64_t n) {
-    const int64_t panel = gemm_table().panel;
-    return (n + panel - 1) / panel * panel * k;
 }
 
 }  // namespace
@@ -122,5 +126,6 @@ void register_gemm(py::module_& module) {
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
     module.def("gemm_panel", [] { return gemm_table().panel; }, "Columns of a panel, as gemm_pack writes them.");
-    module.def("gemm_packed_floats", &gemm_packed_floats, "Size of what gemm_pack writes for B [k, n].");
+    module.def("gemm_packed_floats", &gemm_packed_floats,
+               "Size of what gemm_pack writes for B [k, n]; a pair of bfloat16 is as large as a float.");
 }

@@ -1,4 +1,5 @@
-// Float32 matrix products for the shapes of extraction: tens to hundreds of rows, hundreds to thousands of columns.
+// Float32 matrix products for the shapes of extraction: tens to hundreds of rows, hundreds to thousands of columns. Factors
+// may be rounded to bfloat16; sums never are.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,7 @@ struct Product {
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
     bool a_packed = false;  // a.data is what the same table's pack_rows() wrote; its strides are ignored
     int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as pack() writes B
+    bool bf16 = false;      // B is what pack_bf16() wrote, A is rounded too; not with A packed before nor with row sums
 };
 
 constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle
@@ -35,6 +37,9 @@ struct GemmTable {
 
     // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n.
     void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
+
+    // The same in pairs of bfloat16 (gemm_bf16.hpp), each a float's size: panels [ceil(n / panel)][ceil(k / 2)][panel].
+    void (*pack_bf16)(const Matrix& b, int64_t k, int64_t n, float* out);
 
     // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products. Null where products
     // copy A in another order each time.
@@ -56,6 +61,7 @@ const GemmTable& gemm_portable();
 #ifdef PWM_FAST_X86
 const GemmTable& gemm_avx2();
 const GemmTable& gemm_avx512();
+const GemmTable& gemm_avx512bf16();
 #endif
 
 }  // namespace pwm_fast

@@ -32,7 +32,8 @@ Selection& selection() {
 }  // namespace
 
 const char* name_of(Isa isa) {
-    return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
+    constexpr const char* names[] = {"portable", "avx2", "avx512", "avx512bf16"};
+    return names[static_cast<int>(isa)];
 }
 
 const std::vector<Isa>& available_isas() {
@@ -43,6 +44,7 @@ const std::vector<Isa>& available_isas() {
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
         if (avx2 && avx512) found.push_back(Isa::avx512);
         if (avx2) found.push_back(Isa::avx2);
 #endif

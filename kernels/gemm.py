@@ -1,5 +1,8 @@
 """Grouped float32 matrix products on the CPU: the Python side of csrc/gemm*, with AVX-512, AVX2 or portable vectors.
 
+Products by packed weights may round their factors to bfloat16, with sums in float32: on AVX2, which has no such
+multiplication, 0.97 to 1.02 of float32's speed at half the weights' memory (bench/test_native.py); AVX512-BF16 has.
+
 Groups, shared rows, transposed and strided operands are read where they lie, and biases and their gradients cost no
 pass of their own. Against torch's MKL and oneDNN: 1.1 to 1.2 times as fast at 256 rows, 1.1 to 1.4 at 64 rows on packed
 weights (AVX2, Zen 3, bench/test_native.py); in extraction 85-90% of a core's peak against 70-80% (AVX-512, Zen 4).
@@ -66,6 +69,7 @@ def multiply(
         m,
         n,
         k,
+        False,
         torch.get_num_threads(),
     )
     return out
@@ -96,17 +100,20 @@ def huge_copy(weight: Tensor) -> Tensor:
 
 
 class PackedWeight:
-    """A constant W [out, in] prepared for products; made by `pack`."""
+    """A constant W [out, in] prepared for products; made by `pack`. With `bf16` its panels hold pairs of bfloat16."""
 
-    def __init__(self, native: Any, weight: Tensor):
+    def __init__(self, native: Any, weight: Tensor, bf16: bool = False):
         self._native, self._panel, (self._outputs, self._inputs) = native, native.gemm_panel(), weight.shape
-        self._panels = _huge(weight, native.gemm_packed_floats(self._inputs, self._outputs))
-        native.gemm_pack(
-            weight.data_ptr(), weight.stride(1), weight.stride(0), self._inputs, self._outputs, self._panels.data_ptr()
-        )
+        self.bf16, strides = bf16, (weight.stride(1), weight.stride(0))
+        self._panels = _huge(weight, native.gemm_packed_floats(self._inputs, self._outputs, bf16))
+        native.gemm_pack(weight.data_ptr(), *strides, self._inputs, self._outputs, bf16, self._panels.data_ptr())
 
     def product(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x W^T + bias for x [R, in], bias [out]: `torch.nn.functional.linear`. `out` [R, out] is contiguous."""
+        """x W^T + bias for x [R, in], bias [out]: `torch.nn.functional.linear`. `out` [R, out] is contiguous.
+
+        With `bf16` both factors are rounded to bfloat16, to nearest even; sums, bias and result are float32.
+        Raises ValueError on other shapes and types.
+        """
         if x.dim() != 2 or x.shape[1] != self._inputs or x.dtype is not torch.float32 or not x.is_cpu:
             raise ValueError(f"x must be float32 [R, {self._inputs}] on the cpu, got {x.dtype} {tuple(x.shape)}")
         if bias is not None and (bias.dtype is not torch.float32 or not bias.is_cpu):
@@ -124,15 +131,17 @@ class PackedWeight:
             1,
             *y.shape,
             self._inputs,
+            self.bf16,
             torch.get_num_threads(),
         )
         return y
 
 
-def pack(weight: Tensor, backend: str | None = None) -> PackedWeight | None:
+def pack(weight: Tensor, backend: str | None = None, bf16: bool = False) -> PackedWeight | None:
     """W [out, in] prepared for many products, or None where torch multiplies. Later changes of `weight` do not show.
 
-    Saves what a product of 64 rows spends on bringing W into order: 9% at 512 columns, 17% at 1792.
+    Saves what a product of 64 rows spends on bringing W into order: 9% at 512 columns, 17% at 1792. `bf16`: in half the
+    memory, for products of factors rounded to bfloat16.
     """
     native = gemm_for(backend, weight)
-    return None if native is None else PackedWeight(native, weight)
+    return None if native is None else PackedWeight(native, weight, bf16)

@@ -37,14 +37,16 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be > 0{finite}, got {value:g}")
 
 
-def check_device(device: str, precision: str) -> None:
-    """Raises ValueError for a GPU that is not there, and for a `precision` below fp32 without one."""
+def check_device(device: str, precision: str, on_cpu: Sequence[str] = ("fp32",)) -> None:
+    """Raises ValueError for a GPU that is not there, and without one for a `precision` other than those `on_cpu`."""
     import torch  # commands that need no device start without it
 
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch {torch.__version__} sees no GPU; use --device cpu")
-    if precision != "fp32" and not device.startswith("cuda"):
-        raise ValueError(f"precision {precision} needs a GPU (--device cuda), got --device {device}")
+    if precision not in on_cpu and not device.startswith("cuda"):
+        raise ValueError(
+            f"precision {precision} needs a GPU (--device cuda), got --device {device}: use {' or '.join(on_cpu)} there"
+        )
 
 
 def nearest(kind: str, name: str, known: Iterable[str], hint: str = "") -> str:

@@ -83,7 +83,7 @@ class Options:
     device: str = "cpu"
     """cpu or cuda."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products (tf32) or of the world model's networks (bf16); below fp32 needs a GPU."""
+    """Of matrix products (tf32, on a GPU only) or of the world model's networks (bf16)."""
     execution: Execution = field(default_factory=Execution)
     """What makes a gradient step fast, each to be switched off alone; on a GPU."""
     out: Path | None = None
@@ -122,7 +122,7 @@ def check(options: Options) -> None:
             positive(name, getattr(options, name))
     if options.seed < 0:
         raise ValueError(f"seed must be >= 0, got {options.seed}")
-    check_device(options.device, options.precision)
+    check_device(options.device, options.precision, on_cpu=("fp32", "bf16"))
     if (options.world_model is None) != (options.data is None):
         raise ValueError("--world-model and --data go together: the model and the episodes it starts from")
     preset(options.preset)
@@ -202,7 +202,7 @@ def make_wave(
     rounds = rounds if options.finetune else replace(rounds, model_steps=0)
     return make_job(
         tasks, model.copy() if options.finetune else model, data, seeds, budget, setting, rounds, options.seed,
-        options.threads, options.start, execution,
+        options.threads, options.start, execution, options.precision,
     )  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def test_extract_leaves_a_run_that_evaluate_reproduces(
     options |= {"--seeds": 2, "--steps": 6, "--start": "scratch", "--rounds.cycles": 3}
     options |= {"--rounds.model-steps": 1, "--rounds.model-batch-size": 8, "--rounds.warm-up-steps": 20}
     options |= {"--rounds.evaluation-episodes": 2, "--rounds.practice-envs": 8, "--rounds.capacity": 400}
+    options |= {"--precision": "bf16"}
     assert call("extract", *(part for pair in options.items() for part in pair)) == 0
     shown = capsys.readouterr().out
     for name in ("policy.safetensors", "summary.json", "metrics.csv", "curve.png", "rollout.gif"):
@@ -58,6 +59,7 @@ def test_extract_leaves_a_run_that_evaluate_reproduces(
     )
     assert set(promised.split()) <= set(summary)
     assert summary["task"] == "hopper" and summary["seeds"] == [0, 1] and summary["steps"] == 6
+    assert summary["precision"] == "bf16"
     assert np.shape(summary["returns"]) == (2, 16) and f"{summary['return_mean']:.1f} ±" in shown
     assert call("evaluate", tmp_path / "run") == 0
     assert "reproduces summary.json exactly" in capsys.readouterr().out

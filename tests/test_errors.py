@@ -120,7 +120,12 @@ def test_interruptions_say_how_to_go_on(stop, code: int, text: str, capsys):
     [
         ("extract", {"--device": "cuda"}, "sees no GPU; use --device cpu"),
         ("pretrain", {"--data": "x", "--device": "cuda:1"}, "sees no GPU; use --device cpu"),
-        ("pretrain", {"--data": "x", "--precision": "bf16"}, "precision bf16 needs a GPU (--device cuda), got"),
+        ("pretrain", {"--data": "x", "--precision": "bf16"}, "got --device cpu: use fp32 there"),
+        (
+            "extract",
+            {"--precision": "tf32"},
+            "precision tf32 needs a GPU (--device cuda), got --device cpu: use fp32 or",
+        ),
     ],
 )
 def test_what_only_a_gpu_can_is_refused_without_one(command: str, options: dict, text: str, call, capsys):

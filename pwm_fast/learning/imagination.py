@@ -64,7 +64,7 @@ class Imagination:
     """The world model as a differentiable simulator for a population of actors."""
 
     def __init__(self, world: FrozenWorldModel, terminations: bool = False, dtype: torch.dtype | None = None):
-        """`dtype`: what all networks but the encoder, which runs once a step, keep and multiply (default: theirs)."""
+        """`dtype` as of `FrozenNetwork`, for all networks but the encoder, which runs once a step (default: theirs)."""
         c = self.config = world.config
         if terminations and world.termination is None:
             raise ValueError("terminations need a world model with a termination head (termination_dim > 0)")

@@ -152,13 +152,14 @@ def make_job(
     threads: int | None = None,
     start: str = "cloned",
     execution: ExecutionConfig | None = None,
+    precision: str = "fp32",
 ) -> Job:
     """A job for one policy per entry of `seeds`, all of one task or each of its own.
 
     A world model of many tasks may learn them side by side; its data and it are padded to its widest task. `start`:
     actors imitate the best of the data first ("cloned"), or are random ("scratch"). `execution`: how steps run; by
-    default on CUDA as a captured graph with all that is fast, elsewhere operation by operation. A precision below fp32
-    must first pass its gradient check on this model and data.
+    default on CUDA as a captured graph with all that is fast, elsewhere operation by operation. `precision` as of
+    `Extraction`, where no `execution` says it; below fp32 it must first pass its gradient check on this model and data.
     Raises ValueError where model, data and task do not fit each other or a precision does not pass, StoreError for data
     with NaN, RuntimeError for an execution that cannot run here.
     """
@@ -176,9 +177,9 @@ def make_job(
     if extraction.terminations and not world_model.has_termination:
         extraction = replace(extraction, terminations=False)
     if execution is None and world_model.obs_mean.is_cuda:
-        execution = ExecutionConfig()
+        execution = ExecutionConfig(precision=precision)
     task_ids = torch.tensor([numbers[name] for name in names]) if world_model.config.num_tasks else None
-    precision = "fp32" if execution is None else execution.precision
+    precision = precision if execution is None else execution.precision
     if precision != "fp32":
         source = sources[names[0]]
         states = WindowSampler(source.store, 1, seed=seed, tasks=source.task).start_states(0, extraction.batch_size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import layernorm_mish, layernorm_simnorm, linear
-from pwm_fast.kernels.gemm import PackedWeight, pack
+from pwm_fast.kernels.gemm import PackedWeight, gemm_for, pack
 from pwm_fast.models.workspace import Workspace
 from pwm_fast.models.world_model import FrozenLayer
 
@@ -34,7 +34,8 @@ class FrozenNetwork:
 
     With `packed` the weights are kept a second and third time, W and its transpose as the product's kernel reads them
     (where there is one): for networks that run many times. `dtype` is what weights and activations are kept and
-    multiplied in (default: the weights' own); inputs and outputs keep theirs.
+    multiplied in (default: the weights' own); inputs and outputs keep theirs. bfloat16 on such a kernel rounds the
+    factors of products only: what it packs is bfloat16, activations, biases and norms stay as they are.
     """
 
     def __init__(
@@ -44,14 +45,16 @@ class FrozenNetwork:
         packed: bool = False,
         dtype: torch.dtype | None = None,
     ):
-        self.layers, self.simnorm_dim, self._packs = [_cast(s, dtype) for s in layers], simnorm_dim, packed
-        self.dtype = self.layers[0].weight.dtype
+        own = packed and dtype is torch.bfloat16 and gemm_for(None, *(s.weight for s in layers)) is not None
+        self.layers, self.simnorm_dim = [s if own else _cast(s, dtype) for s in layers], simnorm_dim
+        self.dtype, self._packs, self._rounds = self.layers[0].weight.dtype, packed, own
         self._pack()
         self._norms = [None if s.ln_weight is None else (s.ln_weight[None], s.ln_bias[None]) for s in self.layers]
 
     def _pack(self) -> None:
         self._packed: list[tuple[PackedWeight | None, PackedWeight | None]] = [
-            (pack(s.weight), pack(s.weight.T)) if self._packs else (None, None) for s in self.layers
+            (pack(s.weight, bf16=self._rounds), pack(s.weight.T, bf16=self._rounds)) if self._packs else (None, None)
+            for s in self.layers
         ]
 
     def load(self, layers: Sequence[FrozenLayer]) -> None:

@@ -87,11 +87,12 @@ def test_packed_weights(shape: tuple[int, int, int]) -> None:
 def test_weights_packed_for_other_panels_are_refused() -> None:
     isa, packed = backend.native.isa(), gemm.pack(random(20, 30), backend="native")
     assert packed is not None
-    other = next((name for name in backend.native.available_isas() if name != isa), None)
-    if other is None:
-        pytest.skip("needs a processor that runs two of the products' instruction sets")
+    panel, others = backend.native.gemm_panel(), backend.native.available_isas()
     try:
-        backend.native.set_isa(other)
+        while backend.native.gemm_panel() == panel:  # AVX-512 with and without BF16 have the same
+            if not others:
+                pytest.skip("needs a processor that runs two of the products' instruction sets")
+            backend.native.set_isa(others.pop())
         with pytest.raises(ValueError, match=r"B was packed in panels of .* pack it again"):
             packed.product(random(5, 30))
     finally:

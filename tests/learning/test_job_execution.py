@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ ROUNDS = {
 }
 
 
-def make(model: Path, store: Path, rounds: RoundConfig, execution: ExecutionConfig | None) -> Job:
+def make(model: Path, store: Path, rounds: RoundConfig, execution: ExecutionConfig | None, **more: Any) -> Job:
     return make_job(
         "hopper", WorldModel.load(model), EpisodeStore.open(store), (0, 1), Budget(steps=6), SMALL, rounds,
-        start="scratch", execution=execution,
+        start="scratch", execution=execution, **more,
     )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ def test_a_precision_must_pass_its_check(
 ) -> None:
     low, rounds = ExecutionConfig(precision="bf16"), ROUNDS["frozen"][0]
     assert make(tiny_world_model, tiny_store, rounds, low).rounds.extraction.precision == "bf16"
+    plain = make(tiny_world_model, tiny_store, rounds, None, precision="bf16").rounds
+    assert plain.extraction.precision == "bf16" and plain.execution is None
     monkeypatch.setitem(__import__("pwm_fast.learning.precision").learning.precision.LEAST_COSINE, "bf16", 1.0)
     with pytest.raises(PrecisionError, match="use a higher precision"):
         make(tiny_world_model, tiny_store, rounds, low)

@@ -1,4 +1,4 @@
-"""Frozen networks: forward and input gradient against autograd, with and without packed weights."""
+"""Frozen networks: forward and input gradient against autograd, with and without packed weights, and in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from small import ACTION_DIM, relative, world_model
 
+from pwm_fast import backend
+from pwm_fast.kernels.gemm import gemm_for
 from pwm_fast.models import matmul
 from pwm_fast.models.frozen import FrozenNetwork
 
@@ -29,6 +31,30 @@ def test_forward_and_input_gradient(network: str, dtype: torch.dtype, tolerance:
     assert relative(y.double(), expected.detach()) < tolerance
     dx = net.input_gradient(dy.to(dtype), saved)
     assert relative(dx.double(), torch.cat([z.grad, a.grad], -1)) < tolerance
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_bf16_rounds_and_stays_near(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native products round their factors and all else stays float32; with torch the whole network is bfloat16."""
+    if name == "native" and backend.native is None:
+        pytest.skip(f"no native module: {backend.native_reason}")
+    monkeypatch.setenv(backend.VARIABLE, name)
+    generator, tasks = torch.Generator().manual_seed(0), torch.tensor([0, 2])
+    x, dy = (torch.randn(2, 6, width, generator=generator) for width in (16 + ACTION_DIM, 16))
+    layers = world_model(dtype=torch.float32).frozen(tasks).dynamics
+    exact, net = FrozenNetwork(world_model().frozen(tasks).dynamics), FrozenNetwork(layers, 8, True, torch.bfloat16)
+    expected, kept = exact.forward(x.double())
+    y, saved = net.forward(x)
+    for found, true in (
+        (y, expected),
+        (net.input_gradient(dy, saved), exact.input_gradient(dy.double(), kept)),
+    ):
+        assert found.dtype is torch.float32 and 1e-4 < relative(found.double(), true) < 2e-2
+    assert saved[0].pre.dtype is (torch.bfloat16 if gemm_for(None, x) is None else torch.float32)
+
+    net.load(world_model(1, torch.float32).frozen(tasks).dynamics)
+    fresh = FrozenNetwork(world_model(1, torch.float32).frozen(tasks).dynamics, 8, True, torch.bfloat16)
+    assert torch.equal(net.forward(x)[0], fresh.forward(x)[0])
 
 
 def test_fast_matmul_puts_the_switch_back_and_stays_float32() -> None:
