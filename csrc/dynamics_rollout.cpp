@@ -78,7 +78,10 @@ public:
                                         "a hidden layer at least to " + std::to_string(latent_));
         }
         widest_ = std::max(actors_.widest(), *std::max_element(widths_.begin(), widths_.end()));
-        for (size_t i = 0; i + 1 < widths_.size(); ++i) kept_.push_back(std::make_unique<LayerMemory>());
+        for (size_t i = 0; i + 1 < widths_.size(); ++i) {
+            weights_ += widths_[i] * widths_[i + 1];
+            kept_.push_back(std::make_unique<LayerMemory>());
+        }
     }
 
     // Fills `inputs`, `latents`, `actions` and what the actors keep from z [P, B, Z] with noise [P, H, B, A].
@@ -115,7 +118,9 @@ public:
     }
 
 private:
-    static constexpr int64_t kSpanRows = 256;  // weights of megabytes are read once for so many rows
+    static constexpr int64_t kSmall = 1 << 19;  // floats of weights, 2 MB, that come from the third-level cache in no time
+    static constexpr int64_t kSpanRows = 64;      // of small dynamics: activations then stay in the second-level cache
+    static constexpr int64_t kLongSpanRows = 256;  // larger weights had better be read for many rows at once
     static constexpr int64_t kFewestRows = 16;  // of one thread: with fewer, reading the weights takes longest
 
     static std::vector<ActorLayer> layers_of(const std::vector<std::vector<int64_t>>& rows) {
@@ -154,7 +159,8 @@ private:
         const bool even = policies_ % threads == 0 || policies_ >= 4 * threads;
         const int64_t parts = even ? 1 : threads / std::gcd(policies_, static_cast<int64_t>(threads));
         const bool own = parts == 1 ? all >= threads * kFewestRows : batch_ >= parts * kFewestRows;
-        const int64_t lanes = own ? threads : 1, wanted = lanes * ((all + lanes * kSpanRows - 1) / (lanes * kSpanRows));
+        const int64_t lanes = own ? threads : 1, rows = lanes * (weights_ <= kSmall ? kSpanRows : kLongSpanRows);
+        const int64_t wanted = lanes * ((all + rows - 1) / rows);
         std::vector<Span> spans;
         if (own && parts > 1) {
             for (int64_t i = 0; i < policies_ * parts; ++i) {
@@ -344,7 +350,7 @@ private:
     const int64_t policies_, horizon_, batch_, size_, log_std_;
     const bool residual_;
     const float eps_;
-    int64_t latent_ = 0, action_ = 0, widest_ = 0;
+    int64_t latent_ = 0, action_ = 0, widest_ = 0, weights_ = 0;
     std::mutex busy_;
     std::vector<DynamicsLayer> layers_;
     Arrays arrays_{};

@@ -1,6 +1,7 @@
 """H imagined steps in one native call, and their gradient in one: the Python side of csrc/dynamics_rollout.cpp.
 
-The definition is `pwm_fast.kernels.dynamics_rollout.dynamics_rollout`; on CUDA that file's persistent kernels do the same.
+The definition is `pwm_fast.kernels.dynamics_rollout.dynamics_rollout`; on CUDA that file's persistent kernels
+do the same.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ class NativeDynamicsRollout:
         return NativeDynamicsRollout, self._made_of
 
     @torch.no_grad()
-    def forward(
-        self, flat: Tensor, dynamics: Sequence[PackedLayer], z: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, flat: Tensor, dynamics: Sequence[PackedLayer], z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Imagine from z [P, B, Z] with standard normal noise [P, H, B, A], actors' parameters `flat` [P, size].
 
         Returns `inputs` and `latents`. Raises ValueError on shapes other than the planned ones and on weights packed
