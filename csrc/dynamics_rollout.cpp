@@ -118,10 +118,10 @@ public:
     }
 
 private:
-    static constexpr int64_t kSmall = 1 << 19;  // floats of weights, 2 MB, that come from the third-level cache in no time
-    static constexpr int64_t kSpanRows = 64;      // of small dynamics: activations then stay in the second-level cache
-    static constexpr int64_t kLongSpanRows = 256;  // larger weights had better be read for many rows at once
-    static constexpr int64_t kFewestRows = 16;  // of one thread: with fewer, reading the weights takes longest
+    // Small dynamics come from the third-level cache in no time, so activations had better stay in the second; larger ones
+    // are read for many rows at once. Threads of few rows each read all weights as often as one of many rows does.
+    int64_t span_rows() const { return weights_ <= 1 << 19 ? 64 : 256; }
+    int64_t fewest_rows() const { return weights_ <= 1 << 20 ? 16 : 64; }
 
     static std::vector<ActorLayer> layers_of(const std::vector<std::vector<int64_t>>& rows) {
         std::vector<ActorLayer> layers;
@@ -158,8 +158,8 @@ private:
         const int64_t all = policies_ * batch_;
         const bool even = policies_ % threads == 0 || policies_ >= 4 * threads;
         const int64_t parts = even ? 1 : threads / std::gcd(policies_, static_cast<int64_t>(threads));
-        const bool own = parts == 1 ? all >= threads * kFewestRows : batch_ >= parts * kFewestRows;
-        const int64_t lanes = own ? threads : 1, rows = lanes * (weights_ <= kSmall ? kSpanRows : kLongSpanRows);
+        const bool own = parts == 1 ? all >= threads * fewest_rows() : batch_ >= parts * fewest_rows();
+        const int64_t lanes = own ? threads : 1, rows = lanes * span_rows();
         const int64_t wanted = lanes * ((all + rows - 1) / rows);
         std::vector<Span> spans;
         if (own && parts > 1) {
