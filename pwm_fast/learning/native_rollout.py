@@ -2,11 +2,13 @@
 another backend is forced.
 
 It takes the place that `Imagination.recurrence` keeps for such a kernel. Step by step, with calls from Python for every
-layer, the recurrence takes 1.7 times as long forward at 1M, 1.3 at 5M and 1.1 at 48M, and 1.7, 1.3 and 1.1 backward; the
-actors' half of a step 1.3, 1.2 and 1.05, a whole step 1.05, 1.05 and 1.03 (Zen 3, one thread, bench/test_native.py), of
-the shipped humanoid's model 1.03. On two threads the whole step takes 1.1, 1.3 and 1.4 times the CPU time, most of it
-spent by torch's second thread in waiting. The reward's networks gain nothing from rows in blocks that stay in the cache:
-16 blocks of 64 rows take 1.06 to 1.5 times as long as all 1024 rows at once.
+layer, the recurrence takes 1.7, 1.3 and 1.1 times as long at 1M, 5M and 48M, forward and backward alike, a whole step
+1.05, 1.05 and 1.03 times (Zen 3, one thread, bench/test_native.py), with the shipped humanoid's model 1.03. On two
+threads a whole step takes 1.1, 1.3 and 1.4 times the CPU time, for torch's second thread spins while it waits; with
+OMP_WAIT_POLICY=passive the recurrence still takes 2.0 and 1.9 times forward and 1.6 and 1.5 backward at 1M and 5M.
+
+The reward's networks stay as they were: over 4 blocks of 256 rows, one call each, so that activations stay in the cache,
+they took 1.06 to 1.2 times as long as over all 1024 rows at once, and over 16 blocks 1.04 to 1.5 times.
 """
 
 from __future__ import annotations
