@@ -234,6 +234,44 @@ def test_steps(size: str, threads: int, monkeypatch: pytest.MonkeyPatch, record_
         record_property(f"{size}_{threads}_{name}_ms", 1e3 * seconds)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", STEPS)
+def test_rollout_in_one_call(size: str, threads: int, record_property: Callable) -> None:
+    """Steps of `published-code` whose recurrence is one native call each way, against those step by step.
+
+    CPU seconds of all threads, those included that torch's keep waiting between its operations.
+    """
+    assert actor_gradient_cosine(size, "published-code") > MIN_COSINE
+    model, preset = make_world_model(size), PRESETS["published-code"]
+    at_once, loops = (Extraction(model, preset, task_ids=[3]) for _ in range(2))
+    loops.imagination._native.available = lambda *_: False
+    obs, _ = batch()
+
+    def half(ext: Extraction) -> None:
+        with torch.no_grad(), ext.arithmetic():
+            ext.update_actor(ext.imagination.rollout(ext.actor, obs, ext.action_noise(ext.iteration)))
+
+    steps = {
+        "step by step": partial(loops.step, obs), "one call": partial(at_once.step, obs),
+        "actors, step by step": partial(half, loops), "actors, one call": partial(half, at_once),
+    }  # fmt: skip
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rounds = [{name: cpu_seconds(step, STEPS[size]) for name, step in steps.items()} for _ in range(6)]
+    finally:
+        torch.set_num_threads(before)
+    best = {name: min(r[name] for r in rounds) for name in steps}
+    whole, actors = best["step by step"] / best["one call"], best["actors, step by step"] / best["actors, one call"]
+    print(
+        f"\n  rollout in one call at {size}, {threads} threads: step {1e3 * best['one call']:.0f} ms, ratio {whole:.2f}"
+        f", actors' half {1e3 * best['actors, one call']:.0f} ms, ratio {actors:.2f}",
+        end="",
+    )
+    record_property(f"{size}_{threads}_rollout_step_ratio", whole)
+    record_property(f"{size}_{threads}_rollout_actors_ratio", actors)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", STEPS)
 def test_compiled_step(size: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable) -> None:

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 void register_critic_epoch(pybind11::module_& module);
+void register_dynamics_rollout(pybind11::module_& module);
 void register_elementwise(pybind11::module_& module);
 void register_gemm(pybind11::module_& module);
 void register_sampling(pybind11::module_& module);
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_native, module) {
     register_elementwise(module);
     register_gemm(module);
     register_critic_epoch(module);
+    register_dynamics_rollout(module);
 }

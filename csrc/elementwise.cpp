@@ -114,8 +114,8 @@ void row_backward(Address dy, Address y, Address x, Address mean, Address rstd, 
     }
 }
 
-void layernorm_mish_backward(Address dy, Address x, Address mean, Address rstd, Address w, Address b, Address dx,
-                             Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+void layernorm_mish_backward_groups(Address dy, Address x, Address mean, Address rstd, Address w, Address b, Address dx,
+                                    Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
     row_backward<&ElementwiseTable::layernorm_mish_backward>(dy, 0, x, mean, rstd, w, b, dx, dw, db, groups, rows,
                                                              columns, threads);
 }
@@ -126,8 +126,9 @@ void mish_layernorm_backward_groups(Address dy, Address x, Address mean, Address
                                                              columns, threads);
 }
 
-void layernorm_simnorm_backward(Address dy, Address y, Address x, Address mean, Address rstd, Address w, Address dx,
-                                Address dw, Address db, int64_t groups, int64_t rows, int64_t columns, int threads) {
+void layernorm_simnorm_backward_groups(Address dy, Address y, Address x, Address mean, Address rstd, Address w,
+                                       Address dx, Address dw, Address db, int64_t groups, int64_t rows,
+                                       int64_t columns, int threads) {
     row_backward<&ElementwiseTable::layernorm_simnorm_backward>(dy, y, x, mean, rstd, w, 0, dx, dw, db, groups, rows,
                                                                 columns, threads);
 }
@@ -184,6 +185,18 @@ void forward_rows(ElementwiseTable::RowForward ElementwiseTable::*kernel, const 
                   float* y, float* mean, float* rstd, int64_t rows, int64_t columns, float eps, int threads) {
     run_rows(kernel, address(x), address(w), address(b), address(y), address(mean), address(rstd), 1, rows, columns, eps,
              threads);
+}
+
+void layernorm_mish_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
+                             const float* b, float* dx, int64_t rows, int64_t columns, int threads) {
+    layernorm_mish_backward_groups(address(dy), address(x), address(mean), address(rstd), address(w), address(b),
+                                   address(dx), 0, 0, 1, rows, columns, threads);
+}
+
+void layernorm_simnorm_backward(const float* dy, const float* y, const float* x, const float* mean, const float* rstd,
+                                const float* w, float* dx, int64_t rows, int64_t columns, int threads) {
+    layernorm_simnorm_backward_groups(address(dy), address(y), address(x), address(mean), address(rstd), address(w),
+                                      address(dx), 0, 0, 1, rows, columns, threads);
 }
 
 void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
@@ -252,11 +265,11 @@ void register_elementwise(py::module_& module) {
         module.def(name, function, py::call_guard<py::gil_scoped_release>());
     };
     define("layernorm_mish_forward", &row_forward<&ElementwiseTable::layernorm_mish_forward>);
-    define("layernorm_mish_backward", &layernorm_mish_backward);
+    define("layernorm_mish_backward", &layernorm_mish_backward_groups);
     define("mish_layernorm_forward", &row_forward<&ElementwiseTable::mish_layernorm_forward>);
     define("mish_layernorm_backward", &mish_layernorm_backward_groups);
     define("layernorm_simnorm_forward", &row_forward<&ElementwiseTable::layernorm_simnorm_forward>);
-    define("layernorm_simnorm_backward", &layernorm_simnorm_backward);
+    define("layernorm_simnorm_backward", &layernorm_simnorm_backward_groups);
     define("two_hot_expectation_forward", &two_hot_expectation_forward);
     define("two_hot_expectation_backward", &two_hot_expectation_backward);
     define("two_hot_cross_entropy_forward", &two_hot_cross_entropy_forward);

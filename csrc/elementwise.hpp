@@ -13,7 +13,12 @@ using Address = std::uintptr_t;  // of a tensor's data
 void forward_rows(ElementwiseTable::RowForward ElementwiseTable::*kernel, const float* x, const float* w, const float* b,
                   float* y, float* mean, float* rstd, int64_t rows, int64_t columns, float eps, int threads);
 
-// Mish and LayerNorm of one group's rows [rows, columns]; see ElementwiseTable.
+// One group's rows [rows, columns]; see ElementwiseTable. The backward passes of frozen layers give no weights' gradients,
+// and dx may be dy.
+void layernorm_mish_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,
+                             const float* b, float* dx, int64_t rows, int64_t columns, int threads);
+void layernorm_simnorm_backward(const float* dy, const float* y, const float* x, const float* mean, const float* rstd,
+                                const float* w, float* dx, int64_t rows, int64_t columns, int threads);
 void mish_layernorm_forward(const float* x, const float* w, const float* b, float* y, float* mean, float* rstd,
                             int64_t rows, int64_t columns, float eps, int threads);
 void mish_layernorm_backward(const float* dy, const float* x, const float* mean, const float* rstd, const float* w,

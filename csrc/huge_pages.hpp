@@ -47,6 +47,8 @@ public:
         return data_;
     }
 
+    const float* data() const { return data_; }
+
 private:
     void release() {
         if (data_ != nullptr) ::operator delete(data_, alignment_);

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pwm_fast.kernels import two_hot
+from pwm_fast.learning.native_rollout import NativeRollout
 from pwm_fast.models.frozen import FrozenNetwork, Saved
 from pwm_fast.models.policy import ActionSample, Actor
 from pwm_fast.models.population_mlp import Activations
@@ -75,6 +76,7 @@ class Imagination:
         self.reward_scale = world.reward_scale
         self._workspace = Workspace()
         self.recurrence: Recurrence | None = None
+        self._native = NativeRollout(self.dynamics, c)
 
     def load(self, world: FrozenWorldModel) -> None:
         """Take the weights of another world model of the same shape, in place: a captured step goes on with them."""
@@ -95,8 +97,9 @@ class Imagination:
         z = self.encoder.forward(obs, work.part("encoder"))[0]
         samples: list[ActionSample] = []
         dynamics: list[list[Saved]] = []
-        if self.recurrence is not None:
-            inputs, latents = self.recurrence.forward(actor, z, noise)
+        recurrence = self.recurrence or (self._native if self._native.available(actor, z, noise) else None)
+        if recurrence is not None:
+            inputs, latents = recurrence.forward(actor, z, noise)
         else:
             inputs, latents, samples, dynamics = self._imagine(actor, z, noise)
         with span("reward"):
@@ -195,12 +198,13 @@ class Imagination:
             d_terminations = self.termination.input_gradient(
                 d_logit[..., None], rollout.termination_layers, work.part("termination")
             )
-        if self.recurrence is not None and not rollout.dynamics:
+        if not rollout.dynamics:
+            recurrence = self.recurrence or self._native
             if d_terminations is not None:
                 d_inputs[1:, ..., : self.config.latent_dim] += d_terminations[:-1]
                 d_last = d_last + d_terminations[-1]
-            d_action = self.recurrence.backward(actor, d_inputs, d_last, detach_actor_input)
-            sample = self.recurrence.sample(actor)
+            d_action = recurrence.backward(actor, d_inputs, d_last, detach_actor_input)
+            sample = recurrence.sample(actor)
         else:
             d_action = self._action_gradient(actor, rollout, d_inputs, d_terminations, d_last, detach_actor_input)
             sample = ActionSample(
