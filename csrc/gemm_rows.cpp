@@ -10,7 +10,7 @@ namespace {
 
 const RowsTable& table() {
 #ifdef PWM_FAST_X86
-    if (selected_isa() == Isa::avx512) return rows_avx512();
+    if (selected_isa() >= Isa::avx512) return rows_avx512();
     if (selected_isa() == Isa::avx2) return rows_avx2();
 #endif
     return rows_portable();
