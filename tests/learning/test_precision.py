@@ -66,7 +66,7 @@ def test_what_stays_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ext = Extraction(model, CONFIG, seeds=[0, 1], precision="bf16")
     rollout = ext.imagination.rollout(ext.actor, starts(batch=6), ext.action_noise(ext.iteration))
     assert {s.weight.dtype for s in ext.imagination.dynamics.layers} == {networks}
-    assert rollout.dynamics[0][0].pre.dtype is networks
+    assert rollout.reward_layers[0].pre.dtype is networks
     kept = (rollout.latents, rollout.reward, ext.actor.parameters.flat, ext.critic.parameters.flat, ext.actor_adam.m)
     assert {x.dtype for x in kept} == {torch.float32}
     assert {s.weight.dtype for s in ext.policies()[0]._encoder_layers} == {torch.float32}
