@@ -128,7 +128,7 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     checked(out_terminated, {H, B}, "out terminated");
     checked(out_task, {B}, "out task");
     const pwm_fast::WindowBatch to{out_obs.mutable_data(), out_action.mutable_data(), out_reward.mutable_data(),
-                                   out_terminated.mutable_data(), out_task.mutable_data()};
+                                   out_terminated.mutable_data(), out_task.mutable_data(), S, A};
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows - H; }),
             "a window lies outside the store");
@@ -152,6 +152,7 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     from.obs_dim = S;
     pwm_fast::WindowBatch to;
     to.obs = out.mutable_data();
+    to.obs_dim = S;
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows; }),
             "a row lies outside the store");

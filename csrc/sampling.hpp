@@ -23,14 +23,16 @@ struct Columns {
     int64_t rows = 0, obs_dim = 0, action_dim = 0;
 };
 
-// Where B windows of H transitions go, time first: obs [H+1, B, S], action [H, B, A], reward and terminated [H, B],
-// task [B]. Start states are windows with H = 0; only their `obs` is written.
+// Where B windows of H transitions go, time first: obs [H+1, B, obs_dim], action [H, B, action_dim], reward and
+// terminated [H, B], task [B]. Rows that are wider than the store's end in zeros, narrower ones lack its last entries.
+// Start states are windows with H = 0; only their `obs` is written.
 struct WindowBatch {
     float* obs = nullptr;
     float* action = nullptr;
     float* reward = nullptr;
     uint8_t* terminated = nullptr;
     int32_t* task = nullptr;
+    int64_t obs_dim = 0, action_dim = 0;
 };
 
 // Windows b to b + count of B, from their first rows on; false if they hold a value that is not finite. Of `rows`,
