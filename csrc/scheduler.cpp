@@ -68,9 +68,11 @@ void RolloutScheduler::check(const Policy& policy) const {
                 "a window lies outside the store");
 }
 
-void RolloutScheduler::admit(Policy policy) {
-    check(policy);
-    change([&](Roster& roster) { roster.admit(policy); });
+void RolloutScheduler::admit(const std::vector<Policy>& policies) {
+    for (const Policy& policy : policies) check(policy);
+    change([&](Roster& roster) {
+        for (const Policy& policy : policies) roster.admit(policy);
+    });
 }
 
 void RolloutScheduler::retire(int64_t id) {
@@ -96,7 +98,9 @@ void RolloutScheduler::change(const std::function<void(Roster&)>& edit) {
     idle_.wait(lock, [&] { return working_ == 0; });
     paused_ = false;
     work_.notify_all();  // they get the lock when all is planned, or when `edit` has thrown
-    edit(consumed_);
+    Roster edited = consumed_;
+    edit(edited);
+    consumed_ = std::move(edited);
     planned_ = consumed_;
     std::deque<int64_t> before;
     before.swap(pending_);

@@ -72,7 +72,7 @@ public:
     RolloutScheduler& operator=(const RolloutScheduler&) = delete;
 
     // These three count from the first batch that was not acquired yet; what was prepared for others is made anew.
-    void admit(Policy policy);
+    void admit(const std::vector<Policy>& policies);  // all or, where one throws std::invalid_argument, none
     void retire(int64_t id);
     void seek(int64_t step);
 

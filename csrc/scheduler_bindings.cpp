@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -79,10 +80,15 @@ public:
         if (forked()) static_cast<void>(core_.release());
     }
 
-    void admit(int64_t id, uint64_t seed, int64_t step, int64_t end, std::shared_ptr<pwm_fast::Draw> draw,
-               int64_t store) {
-        if (draw == nullptr) throw std::invalid_argument("a policy needs a draw");
-        without_lock([&] { core_->admit({id, seed, step, end, std::move(draw), store}); });
+    // (id, seed, step, end, draw, store) of each
+    using Admitted = std::tuple<int64_t, uint64_t, int64_t, int64_t, std::shared_ptr<pwm_fast::Draw>, int64_t>;
+    void admit(const std::vector<Admitted>& admitted) {
+        std::vector<pwm_fast::Policy> policies;
+        for (const auto& [id, seed, step, end, draw, store] : admitted) {
+            if (draw == nullptr) throw std::invalid_argument("a policy needs a draw");
+            policies.push_back({id, seed, step, end, draw, store});
+        }
+        without_lock([&] { core_->admit(policies); });
     }
     void retire(int64_t id) {
         without_lock([&] { core_->retire(id); });
@@ -212,8 +218,7 @@ void register_scheduler(py::module_& module) {
              }),
              py::arg("stores"), py::arg("ring"), py::arg("widths"), py::arg("capacity"), py::arg("batch"),
              py::arg("horizon"), py::arg("partial"), py::arg("threads"))
-        .def("admit", &BoundScheduler::admit, py::arg("id"), py::arg("seed"), py::arg("step"), py::arg("end"),
-             py::arg("draw"), py::arg("store"))
+        .def("admit", &BoundScheduler::admit, py::arg("policies"))
         .def("retire", &BoundScheduler::retire, py::arg("id"))
         .def("seek", &BoundScheduler::seek, py::arg("step"))
         .def("resize", &BoundScheduler::resize, py::arg("ring"), py::arg("threads"))

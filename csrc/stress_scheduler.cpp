@@ -205,7 +205,18 @@ void round(std::mt19937& random, Counts& counts) {
                 const int source = below(static_cast<int>(stores.size()));
                 Policy policy{id++, random(), below(100), std::numeric_limits<int64_t>::max(), draws[source], source};
                 if (below(2)) policy.end = policy.step + 1 + below(4);
-                scheduler.admit(policy);
+                std::vector<Policy> together{policy};
+                if (below(3) == 0) together.push_back({id++, random(), policy.step, policy.end, draws[source], source});
+                scheduler.admit(together);
+                if (below(4) == 0) {
+                    try {
+                        scheduler.admit({{id, 0, 0, 1, draws[source], source}, together.back()});
+                        expect(shared, "a policy was admitted twice");  // unless it had all its steps meanwhile
+                        ++id;
+                    } catch (const std::invalid_argument&) {
+                        ++counts.refusals;
+                    }
+                }
                 break;
             }
             case 2:

@@ -35,11 +35,14 @@ class PlainScheduler:
         self._held: set[int] = set()
         self._ring, self._closed = ring, False
 
-    def admit(self, policy: int, seed: int, step: int, end: int, sampler: WindowSampler, store: int) -> None:
+    def admit(self, policies: list[tuple[int, int, int, int, WindowSampler, int]]) -> None:
         self._require_open()
-        if any(admitted.id == policy for admitted in self._policies):
-            raise ValueError(f"policy {policy} is admitted already; retire it first, or choose another id")
-        self._policies.append(_Policy(policy, seed, step, end, sampler.with_seed(seed), store))
+        admitted = list(self._policies)
+        for policy in map(_Policy._make, policies):
+            if any(policy.id == other.id for other in admitted):
+                raise ValueError(f"policy {policy.id} is admitted already; retire it first, or choose another id")
+            admitted.append(policy._replace(sampler=policy.sampler.with_seed(policy.seed)))
+        self._policies = admitted
 
     def retire(self, policy: int) -> None:
         self._require_open()

@@ -156,8 +156,9 @@ class RolloutScheduler:
         self.obs_dim = max(store.obs_dim for store in self.stores) if obs_dim is None else obs_dim
         self.action_dim = max(store.action_dim for store in self.stores) if action_dim is None else action_dim
         self._samplers: dict[str, WindowSampler] = {}  # by what was chosen
-        for store in self.stores:
-            WindowSampler(store, 1 if horizon is None else horizon, backend="torch", partial=partial)
+        if horizon is not None:
+            for store in self.stores:
+                WindowSampler(store, horizon, backend="torch", partial=partial)
         self._chosen: dict[int, dict[str, Any]] = {}
         self._copying: list[tuple[torch.cuda.Event, int]] = []
         files = [self._files(store) for store in self.stores]
@@ -256,23 +257,28 @@ class RolloutScheduler:
                 self.stores[store], self.horizon or 1, ids, partial=self.partial, backend="torch", tasks=tasks,
                 balanced=balanced,
             )  # fmt: skip
-        self.admit_sampler(policy, self._samplers[key].with_seed(seed), step, end)  # refuses a seed out of range
+        self.admit_samplers({policy: self._samplers[key].with_seed(seed)}, step, end)  # refuses a seed out of range
 
-    def admit_sampler(self, policy: int, sampler: WindowSampler, step: int = 0, end: int | None = None) -> None:
-        """Adds a policy that draws what `sampler` draws, of one of the stores; ValueError where it cannot."""
-        if not 0 <= step < (_NO_END if end is None else end):
-            raise ValueError(f"step must be >= 0 and below end, got step {step} and end {end}")
-        numbers = [number for number, store in enumerate(self.stores) if store is sampler.store]
-        if not numbers:
-            raise ValueError(f"episode store {sampler.store.path} is not one of the scheduler's")
-        if self.horizon is not None and (self.horizon, self.partial) != (sampler.horizon, sampler.partial):
-            raise ValueError(
-                f"the scheduler's windows have horizon {self.horizon} and partial {self.partial}, the sampler's "
-                f"{sampler.horizon} and {sampler.partial}"
-            )
+    def admit_samplers(self, samplers: Mapping[int, WindowSampler], step: int = 0, end: int | None = None) -> None:
+        """Adds policies by id, all or none; each draws what its sampler draws, of one of the stores.
+
+        Raises ValueError for an id that is there already, another store's or horizon's sampler, or no steps.
+        """
         last = _NO_END if end is None else end
-        self._engine.admit(policy, sampler.seed, step, last, self._draw(sampler), numbers[0])
-        self._chosen[policy] = {**sampler.chosen, "store": numbers[0]}
+        if not 0 <= step < last:
+            raise ValueError(f"step must be >= 0 and below end, got step {step} and end {end}")
+        numbers = {id(store): number for number, store in enumerate(self.stores)}
+        for sampler in samplers.values():
+            if id(sampler.store) not in numbers:
+                raise ValueError(f"episode store {sampler.store.path} is not one of the scheduler's")
+            if self.horizon is not None and (self.horizon, self.partial) != (sampler.horizon, sampler.partial):
+                raise ValueError(
+                    f"the scheduler's windows have horizon {self.horizon} and partial {self.partial}, the sampler's "
+                    f"{sampler.horizon} and {sampler.partial}"
+                )
+        store_of = {policy: numbers[id(sampler.store)] for policy, sampler in samplers.items()}
+        self._engine.admit([(p, s.seed, step, last, self._draw(s), store_of[p]) for p, s in samplers.items()])
+        self._chosen.update({p: {**s.chosen, "store": store_of[p]} for p, s in samplers.items()})
 
     def retire(self, policy: int) -> None:
         """Removes a policy; those behind it move up a row. Raises ValueError if it is not there."""
