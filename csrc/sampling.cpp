@@ -93,12 +93,12 @@ void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const pwm_fast::Dr
 // Windows begin to end of B.
 bool gather(const pwm_fast::Columns& from, const int64_t* rows, int64_t begin, int64_t end, int64_t horizon, int64_t B,
             const pwm_fast::WindowBatch& to) {
-    constexpr int64_t kAtOnce = 256;
+    const int64_t at_once = pwm_fast::drawn_at_once(from, horizon);
     const pwm_fast::Gather some = pwm_fast::selected_gather();
     bool finite = true;
     for (int64_t stop; begin < end; begin = stop) {
-        stop = std::min(begin + kAtOnce, end);
-        for (int64_t i = begin; i < stop; ++i) pwm_fast::prefetch_numbers(from, rows[i], horizon);
+        stop = std::min(begin + at_once, end);
+        for (int64_t i = begin; i < stop; ++i) pwm_fast::prefetch_drawn(from, rows[i], horizon);
         finite = some(from, rows + begin, stop - begin, end - begin, horizon, begin, B, to) && finite;
     }
     return finite;
@@ -128,7 +128,7 @@ int64_t gather_windows(const Column<float>& obs, const Column<float>& action, co
     checked(out_terminated, {H, B}, "out terminated");
     checked(out_task, {B}, "out task");
     const pwm_fast::WindowBatch to{out_obs.mutable_data(), out_action.mutable_data(), out_reward.mutable_data(),
-                                   out_terminated.mutable_data(), out_task.mutable_data()};
+                                   out_terminated.mutable_data(), out_task.mutable_data(), S, A};
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows - H; }),
             "a window lies outside the store");
@@ -152,6 +152,7 @@ int64_t gather_rows(const Column<float>& obs, const Column<int64_t>& rows, int t
     from.obs_dim = S;
     pwm_fast::WindowBatch to;
     to.obs = out.mutable_data();
+    to.obs_dim = S;
     const int64_t* first = rows.data();
     require(std::all_of(first, first + B, [&](int64_t row) { return row >= 0 && row < num_rows; }),
             "a row lies outside the store");

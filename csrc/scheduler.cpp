@@ -9,12 +9,10 @@ namespace pwm_fast {
 
 namespace {
 
-constexpr int64_t kDrawn = 512;  // windows that are drawn, then gathered
-
 constexpr int64_t kWorthWaking = 1 << 18;  // bytes; filling as many takes ten times as long as waking
 
-int64_t bytes_per_window(const Columns& columns, int64_t horizon) {
-    return columns.obs_dim * (horizon + 1) * 4 + (columns.action_dim + 2) * horizon * 4;
+int64_t bytes_per_window(const BatchShape& shape) {
+    return shape.obs_dim * (shape.horizon + 1) * 4 + (shape.action_dim + 2) * shape.horizon * 4;
 }
 
 void require(bool condition, const std::string& message) {
@@ -28,20 +26,23 @@ void require_ring(const std::vector<SlotMemory>& ring, int threads) {
 
 }  // namespace
 
-RolloutScheduler::RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads)
-    : source_(std::move(source)),
+RolloutScheduler::RolloutScheduler(std::vector<Source> sources, const BatchShape& shape, std::vector<SlotMemory> ring,
+                                   int threads)
+    : sources_(std::move(sources)),
       shape_(shape),
       gather_(selected_gather()),
-      window_bytes_(bytes_per_window(source_.columns, shape.horizon)),
+      window_bytes_(bytes_per_window(shape)),
       small_(shape.capacity * shape.batch * window_bytes_ < kWorthWaking),
       piece_windows_(std::max<int64_t>(1, shape.piece_bytes / std::max<int64_t>(1, window_bytes_))),
       consumed_(shape.capacity),
       planned_(shape.capacity) {
     require(shape.capacity >= 1, "capacity must be >= 1, got " + std::to_string(shape.capacity));
     require(shape.batch >= 1, "batch must be >= 1, got " + std::to_string(shape.batch));
-    require(shape.horizon >= 0 && source_.columns.rows > shape.horizon,
-            "horizon must be in [0, " + std::to_string(source_.columns.rows) + "), the store's rows, got " +
-                std::to_string(shape.horizon));
+    require(!sources_.empty(), "there must be at least one source, got none");
+    for (const Source& source : sources_)
+        require(shape.horizon >= 0 && source.columns.rows > shape.horizon,
+                "horizon must be in [0, " + std::to_string(source.columns.rows) + "), the store's rows, got " +
+                    std::to_string(shape.horizon));
     require_ring(ring, threads);
     slots_.resize(ring.size());
     for (size_t i = 0; i < ring.size(); ++i) slots_[i].memory = ring[i];
@@ -56,16 +57,20 @@ void RolloutScheduler::check(const Policy& policy) const {
     require(policy.step >= 0 && policy.step < policy.end,
             "policy " + std::to_string(policy.id) + " must have steps left, got step " + std::to_string(policy.step) +
                 " of " + std::to_string(policy.end));
+    require(policy.source >= 0 && policy.source < static_cast<int64_t>(sources_.size()),
+            "there are " + std::to_string(sources_.size()) + " sources, got number " + std::to_string(policy.source));
     const int64_t after = shape_.partial ? 1 : shape_.horizon;  // rows that must follow the drawn one
+    const int64_t rows = sources_[policy.source].columns.rows;
     for (int64_t e = 0; e < draw.episodes(); ++e)
-        require(draw.first(e) >= 0 && draw.count(e) <= source_.columns.rows &&
-                    draw.first(e) <= source_.columns.rows - draw.count(e) - after,
+        require(draw.first(e) >= 0 && draw.count(e) <= rows && draw.first(e) <= rows - draw.count(e) - after,
                 "a window lies outside the store");
 }
 
-void RolloutScheduler::admit(Policy policy) {
-    check(policy);
-    change([&](Roster& roster) { roster.admit(policy); });
+void RolloutScheduler::admit(const std::vector<Policy>& policies) {
+    for (const Policy& policy : policies) check(policy);
+    change([&](Roster& roster) {
+        for (const Policy& policy : policies) roster.admit(policy);
+    });
 }
 
 void RolloutScheduler::retire(int64_t id) {
@@ -91,7 +96,9 @@ void RolloutScheduler::change(const std::function<void(Roster&)>& edit) {
     idle_.wait(lock, [&] { return working_ == 0; });
     paused_ = false;
     work_.notify_all();  // they get the lock when all is planned, or when `edit` has thrown
-    edit(consumed_);
+    Roster edited = consumed_;
+    edit(edited);
+    consumed_ = std::move(edited);
     planned_ = consumed_;
     std::deque<int64_t> before;
     before.swap(pending_);
@@ -321,21 +328,22 @@ void RolloutScheduler::work() {
 }
 
 RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) const {
-    Found found;
-    found.fault.reason = source_.files.shortened();
-    if (found.fault) return found;
     const int64_t B = shape_.batch, H = shape_.horizon;
     const int64_t end =
         std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
+    Found found = shortened(slot, piece * piece_windows_, end);
+    if (found.fault) return found;
     std::array<int64_t, kDrawn> rows;
     for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
-        drawn = std::min(begin + kDrawn, end);
+        drawn = std::min(begin + drawn_at_once(sources_[slot.rows[begin / B].source].columns, H), end);
         draw_rows(slot, begin, drawn, rows.data());
-        for (int64_t n = begin, stop; n < drawn; n = stop) {
-            const int64_t p = n / B, *const first = rows.data() + n - begin;
+        for (int64_t n = begin, stop, same = begin; n < drawn; n = stop) {
+            const int64_t p = n / B, source = slot.rows[p].source, *const first = rows.data() + n - begin;
+            const Columns& columns = sources_[source].columns;
             stop = std::min((p + 1) * B, drawn);
-            if (gather_(source_.columns, first, stop - n, drawn - n, H, n % B, B, part_of(slot, p))) continue;
-            Found here{p, {first_not_finite(source_.columns, first, stop - n, H), {}}};
+            while (same < drawn && slot.rows[same / B].source == source) same = std::min((same / B + 1) * B, drawn);
+            if (gather_(columns, first, stop - n, same - n, H, n % B, B, part_of(slot, p))) continue;
+            Found here{p, {first_not_finite(columns, first, stop - n, H), {}, source}};
             if (!here.fault) here.fault.reason = "a value was NaN or infinite and changed while it was read";
             if (here.before(found)) found = std::move(here);
         }
@@ -343,19 +351,33 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
     return found;
 }
 
+// Whether files of windows begin to end of a batch were cut.
+RolloutScheduler::Found RolloutScheduler::shortened(const Slot& slot, int64_t begin, int64_t end) const {
+    Found found;
+    int64_t seen = -1;
+    for (int64_t p = begin / shape_.batch; p * shape_.batch < end && !found.fault; ++p) {
+        const int64_t source = slot.rows[p].source;
+        if (source != seen) found = {p, {-1, sources_[source].files.shortened(), source}};
+        seen = source;
+    }
+    return found;
+}
+
 // The first rows of windows begin to end of a batch, policy after policy; of partial ones, also where they are valid.
 void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
-    const int64_t B = shape_.batch, H = shape_.horizon, last = source_.columns.rows - H - 1;
+    const int64_t B = shape_.batch, H = shape_.horizon;
     const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
     for (int64_t n = begin; n < end;) {
         const int64_t p = n / B;
         const Policy& policy = slot.rows[p];
+        const Columns& columns = sources_[policy.source].columns;
+        const int64_t last = columns.rows - H - 1;
         for (int64_t b = n % B; b < B && n < end; ++b, ++n, ++rows) {
             const Draw::Drawn drawn = (*policy.draw)(random_pair(
                 policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
             *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
-            prefetch_numbers(source_.columns, *rows, H);
-            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, *policy.draw, drawn, *rows);
+            prefetch_drawn(columns, *rows, H);
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, policy, drawn, *rows);
         }
     }
 }
@@ -363,9 +385,11 @@ void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, i
 WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {
     const int64_t B = shape_.batch, H = shape_.horizon;
     WindowBatch part = slot.memory.columns;
-    part.obs += policy * (H + 1) * B * source_.columns.obs_dim;
+    part.obs_dim = shape_.obs_dim;
+    part.action_dim = shape_.action_dim;
+    part.obs += policy * (H + 1) * B * part.obs_dim;
     if (H > 0) {
-        part.action += policy * H * B * source_.columns.action_dim;
+        part.action += policy * H * B * part.action_dim;
         part.reward += policy * H * B;
         part.terminated += policy * H * B;
         part.task += policy * B;
@@ -374,10 +398,11 @@ WindowBatch RolloutScheduler::part_of(const Slot& slot, int64_t policy) const {
 }
 
 // valid [H, B] of one window: its transitions before the episode's last row.
-void RolloutScheduler::mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const {
-    int64_t last = draw.first(drawn.episode) + draw.count(drawn.episode);
+void RolloutScheduler::mark_valid(uint8_t* valid, const Policy& policy, const Draw::Drawn& drawn, int64_t row) const {
+    const Source& source = sources_[policy.source];
+    int64_t last = policy.draw->first(drawn.episode) + policy.draw->count(drawn.episode);
     if (row != drawn.row)
-        last = *std::upper_bound(source_.episode_start, source_.episode_start + source_.episodes, row) - 1;
+        last = *std::upper_bound(source.episode_start, source.episode_start + source.episodes, row) - 1;
     for (int64_t h = 0; h < shape_.horizon; ++h) valid[h * shape_.batch] = h < last - row;
 }
 

@@ -28,6 +28,7 @@ struct Source {
 };
 
 struct BatchShape {
+    int64_t obs_dim = 1, action_dim = 0;  // width of a row, whatever that of its source (`WindowBatch`)
     int64_t capacity = 1;  // policies
     int64_t batch = 1;     // windows of each
     int64_t horizon = 0;   // 0: start states, of which only `obs` is written
@@ -42,10 +43,12 @@ struct SlotMemory {
     uint8_t* valid = nullptr;  // [P, H, B]
 };
 
-// Why a batch cannot be had: a window from `row` on holds a value that is not finite, or else the reason in words.
+// Why a batch cannot be had: a window of source number `source` holds a value that is not finite from `row` on, or else
+// the reason in words.
 struct Fault {
     int64_t row = -1;
     std::string reason;
+    int64_t source = 0;
 
     explicit operator bool() const { return row >= 0 || !reason.empty(); }
 };
@@ -61,15 +64,15 @@ struct Acquired {
 
 class RolloutScheduler {
 public:
-    // The memory of `source` and `ring` must outlive close(). Throws std::invalid_argument, or std::runtime_error if
+    // The memory of `sources` and `ring` must outlive close(). Throws std::invalid_argument, or std::runtime_error if
     // no thread can be started.
-    RolloutScheduler(Source source, const BatchShape& shape, std::vector<SlotMemory> ring, int threads);
+    RolloutScheduler(std::vector<Source> sources, const BatchShape& shape, std::vector<SlotMemory> ring, int threads);
     ~RolloutScheduler();
     RolloutScheduler(const RolloutScheduler&) = delete;
     RolloutScheduler& operator=(const RolloutScheduler&) = delete;
 
     // These three count from the first batch that was not acquired yet; what was prepared for others is made anew.
-    void admit(Policy policy);
+    void admit(const std::vector<Policy>& policies);  // all or, where one throws std::invalid_argument, none
     void retire(int64_t id);
     void seek(int64_t step);
 
@@ -115,9 +118,10 @@ private:
     Slot* for_consumer();
     void fill_next(Slot& slot, std::unique_lock<std::mutex>& lock);
     Found fill(const Slot& slot, int64_t piece) const;
+    Found shortened(const Slot& slot, int64_t begin, int64_t end) const;
     void draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const;
     WindowBatch part_of(const Slot& slot, int64_t policy) const;
-    void mark_valid(uint8_t* valid, const Draw& draw, const Draw::Drawn& drawn, int64_t row) const;
+    void mark_valid(uint8_t* valid, const Policy& policy, const Draw::Drawn& drawn, int64_t row) const;
     void check(const Policy& policy) const;
     void change(const std::function<void(Roster&)>& edit);
     void plan();
@@ -129,7 +133,7 @@ private:
     void start_workers(int threads);
     void stop_workers();
 
-    const Source source_;
+    const std::vector<Source> sources_;
     const BatchShape shape_;
     const Gather gather_;
     const int64_t window_bytes_;

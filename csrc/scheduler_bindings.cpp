@@ -8,6 +8,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -39,32 +40,38 @@ T* memory_of(const Arrays& arrays, const std::string& name, const std::vector<in
     return static_cast<T*>(const_cast<void*>(array.data()));
 }
 
+// A store's columns, and the files to watch with the bytes that they must have.
+using Files = std::vector<std::pair<std::string, int64_t>>;
+using Store = std::pair<Arrays, Files>;
+
+pwm_fast::Source source_of(const Store& store) {
+    const Arrays& columns = store.first;
+    const py::array& obs = columns.at("obs");
+    const py::array& action = columns.at("action");
+    if (obs.ndim() != 2 || action.ndim() != 2) throw std::invalid_argument("obs and action must be [N, S], [N, A]");
+    const int64_t N = obs.shape(0), S = obs.shape(1), A = action.shape(1);
+    const int64_t episodes = columns.at("episode_start").size() - 1;
+    const pwm_fast::Columns from{memory_of<float>(columns, "obs", {N, S}, false),
+                                 memory_of<float>(columns, "action", {N, A}, false),
+                                 memory_of<float>(columns, "reward", {N}, false),
+                                 memory_of<uint8_t>(columns, "terminated", {N}, false),
+                                 memory_of<int32_t>(columns, "task", {N}, false),
+                                 N,
+                                 S,
+                                 A};
+    std::vector<pwm_fast::StoreFiles::File> watched;
+    for (const auto& [path, bytes] : store.second) watched.push_back({path, bytes});
+    return {from, memory_of<int64_t>(columns, "episode_start", {episodes + 1}, false), episodes,
+            pwm_fast::StoreFiles(std::move(watched))};
+}
+
 class BoundScheduler {
 public:
-    BoundScheduler(const Arrays& columns, const std::vector<std::pair<std::string, int64_t>>& files,
-                   const Arrays& ring, int64_t capacity, int64_t batch, int64_t horizon, bool partial, int threads)
-        : columns_(columns), ring_(ring), shape_{capacity, batch, horizon, partial} {
-        const py::array& obs = columns_.at("obs");
-        const py::array& action = columns_.at("action");
-        if (obs.ndim() != 2 || action.ndim() != 2) throw std::invalid_argument("obs and action must be [N, S], [N, A]");
-        const int64_t N = obs.shape(0);
-        obs_dim_ = obs.shape(1);
-        action_dim_ = action.shape(1);
-        const int64_t episodes = columns_.at("episode_start").size() - 1;
-        const pwm_fast::Columns from{memory_of<float>(columns_, "obs", {N, obs_dim_}, false),
-                                     memory_of<float>(columns_, "action", {N, action_dim_}, false),
-                                     memory_of<float>(columns_, "reward", {N}, false),
-                                     memory_of<uint8_t>(columns_, "terminated", {N}, false),
-                                     memory_of<int32_t>(columns_, "task", {N}, false),
-                                     N,
-                                     obs_dim_,
-                                     action_dim_};
-        const auto* starts = memory_of<int64_t>(columns_, "episode_start", {episodes + 1}, false);
-        std::vector<pwm_fast::StoreFiles::File> watched;
-        for (const auto& [path, bytes] : files) watched.push_back({path, bytes});
-        core_ = std::make_unique<pwm_fast::RolloutScheduler>(
-            pwm_fast::Source{from, starts, episodes, pwm_fast::StoreFiles(std::move(watched))}, shape_, slots(ring_),
-            threads);
+    BoundScheduler(std::vector<Store> stores, const Arrays& ring, const pwm_fast::BatchShape& shape, int threads)
+        : stores_(std::move(stores)), ring_(ring), shape_(shape) {
+        std::vector<pwm_fast::Source> sources;
+        for (const Store& store : stores_) sources.push_back(source_of(store));
+        core_ = std::make_unique<pwm_fast::RolloutScheduler>(std::move(sources), shape_, slots(ring_), threads);
     }
 
     // The workers need no lock of Python's, so it can be kept while they end. A forked child has none of them, and
@@ -73,9 +80,15 @@ public:
         if (forked()) static_cast<void>(core_.release());
     }
 
-    void admit(int64_t id, uint64_t seed, int64_t step, int64_t end, std::shared_ptr<pwm_fast::Draw> draw) {
-        if (draw == nullptr) throw std::invalid_argument("a policy needs a draw");
-        without_lock([&] { core_->admit({id, seed, step, end, std::move(draw)}); });
+    // (id, seed, step, end, draw, store) of each
+    using Admitted = std::tuple<int64_t, uint64_t, int64_t, int64_t, std::shared_ptr<pwm_fast::Draw>, int64_t>;
+    void admit(const std::vector<Admitted>& admitted) {
+        std::vector<pwm_fast::Policy> policies;
+        for (const auto& [id, seed, step, end, draw, store] : admitted) {
+            if (draw == nullptr) throw std::invalid_argument("a policy needs a draw");
+            policies.push_back({id, seed, step, end, draw, store});
+        }
+        without_lock([&] { core_->admit(policies); });
     }
     void retire(int64_t id) {
         without_lock([&] { core_->retire(id); });
@@ -130,7 +143,8 @@ public:
                     }
                     return py::make_tuple("ready", got.slot, ids, steps);
                 }
-                case Answer::kFault: return py::make_tuple("fault", got.fault.row, got.fault.reason);
+                case Answer::kFault:
+                    return py::make_tuple("fault", got.fault.source, got.fault.row, got.fault.reason);
                 case Answer::kFinished: return py::make_tuple("finished");
                 case Answer::kAllHeld: return py::make_tuple("held");
                 case Answer::kClosed: return py::make_tuple("closed");
@@ -164,9 +178,9 @@ private:
             throw std::invalid_argument("the ring's obs must be [R, P, H+1, B, S]");
         const int64_t R = ring.at("obs").shape(0), P = shape_.capacity, H = shape_.horizon, B = shape_.batch;
         pwm_fast::SlotMemory at;
-        at.columns.obs = memory_of<float>(ring, "obs", {R, P, H + 1, B, obs_dim_}, true);
+        at.columns.obs = memory_of<float>(ring, "obs", {R, P, H + 1, B, shape_.obs_dim}, true);
         if (H > 0) {
-            at.columns.action = memory_of<float>(ring, "action", {R, P, H, B, action_dim_}, true);
+            at.columns.action = memory_of<float>(ring, "action", {R, P, H, B, shape_.action_dim}, true);
             at.columns.reward = memory_of<float>(ring, "reward", {R, P, H, B}, true);
             at.columns.terminated = memory_of<uint8_t>(ring, "terminated", {R, P, H, B}, true);
             at.columns.task = memory_of<int32_t>(ring, "task", {R, P, B}, true);
@@ -176,9 +190,9 @@ private:
         std::vector<pwm_fast::SlotMemory> result;
         for (int64_t r = 0; r < R; ++r) {
             result.push_back(at);
-            at.columns.obs += P * (H + 1) * B * obs_dim_;
+            at.columns.obs += P * (H + 1) * B * shape_.obs_dim;
             if (H == 0) continue;
-            at.columns.action += P * H * B * action_dim_;
+            at.columns.action += P * H * B * shape_.action_dim;
             at.columns.reward += P * H * B;
             at.columns.terminated += P * H * B;
             at.columns.task += P * B;
@@ -187,9 +201,9 @@ private:
         return result;
     }
 
-    Arrays columns_, ring_;  // before core_, which is destroyed first
+    std::vector<Store> stores_;  // these two before core_, which is destroyed first
+    Arrays ring_;
     pwm_fast::BatchShape shape_;
-    int64_t obs_dim_ = 0, action_dim_ = 0;
     std::unique_ptr<pwm_fast::RolloutScheduler> core_;
 };
 
@@ -197,12 +211,14 @@ private:
 
 void register_scheduler(py::module_& module) {
     py::class_<BoundScheduler>(module, "RolloutScheduler", "See pwm_fast/data/scheduler.py, which is its face.")
-        .def(py::init<const Arrays&, const std::vector<std::pair<std::string, int64_t>>&, const Arrays&, int64_t,
-                      int64_t, int64_t, bool, int>(),
-             py::arg("columns"), py::arg("files"), py::arg("ring"), py::arg("capacity"), py::arg("batch"),
+        .def(py::init([](std::vector<Store> stores, const Arrays& ring, std::pair<int64_t, int64_t> widths,
+                         int64_t capacity, int64_t batch, int64_t horizon, bool partial, int threads) {
+                 const pwm_fast::BatchShape shape{widths.first, widths.second, capacity, batch, horizon, partial};
+                 return std::make_unique<BoundScheduler>(std::move(stores), ring, shape, threads);
+             }),
+             py::arg("stores"), py::arg("ring"), py::arg("widths"), py::arg("capacity"), py::arg("batch"),
              py::arg("horizon"), py::arg("partial"), py::arg("threads"))
-        .def("admit", &BoundScheduler::admit, py::arg("id"), py::arg("seed"), py::arg("step"), py::arg("end"),
-             py::arg("draw"))
+        .def("admit", &BoundScheduler::admit, py::arg("policies"))
         .def("retire", &BoundScheduler::retire, py::arg("id"))
         .def("seek", &BoundScheduler::seek, py::arg("step"))
         .def("resize", &BoundScheduler::resize, py::arg("ring"), py::arg("threads"))

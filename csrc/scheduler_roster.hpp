@@ -21,9 +21,11 @@ struct Policy {
     int64_t step = 0;  // of its next batch
     int64_t end = std::numeric_limits<int64_t>::max();
     std::shared_ptr<const Draw> draw;
+    int64_t source = 0;  // whose rows these are
 
     bool operator==(const Policy& other) const {
-        return id == other.id && seed == other.seed && step == other.step && draw == other.draw;
+        return id == other.id && seed == other.seed && step == other.step && draw == other.draw &&
+               source == other.source;
     }
 };
 

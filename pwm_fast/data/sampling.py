@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pwm_fast import backend as backends
-from pwm_fast.data.drawing import Draw, Tasks, choose
+from pwm_fast.data.drawing import Draw, Tasks, choose, listed
 from pwm_fast.data.layout import StoreError
 from pwm_fast.data.store import EpisodeStore
 
@@ -52,6 +52,8 @@ class WindowSampler:
         _check_seed(seed)
         self.store, self.horizon, self.seed, self.threads = store, int(horizon), int(seed), int(threads)
         self._native = backends.native if backends.resolve(backend) == "native" else None
+        copied = None if episodes is None else np.array(episodes, np.int64).reshape(-1)
+        self.chosen: dict[str, Any] = {"episodes": copied, "tasks": listed(tasks), "balanced": balanced}
         ids, group, share = choose(store, episodes, tasks, balanced)
         first, lengths = store.episode_start[ids], store.lengths[ids]
         longest = np.maximum.reduceat(lengths, group[:-1])  # [G]

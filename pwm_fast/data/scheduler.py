@@ -10,7 +10,8 @@
             scheduler.retire(policy)
 
 Policy p's part of a batch is what `WindowSampler` with p's seed and episodes draws at p's step: a function of
-(seed, policy, step), whatever the number of threads, how far ahead they are and who shares the batch.
+(seed, policy, step), whatever the number of threads, how far ahead they are and who shares the batch. Policies may draw
+from several stores, whose rows are padded with zeros to one width.
 """
 
 import atexit
@@ -58,8 +59,8 @@ class Batch(Mapping[str, Tensor]):
     """One batch: views of a slot of the ring, which is refilled after `release` or at the end of a `with` block.
 
     Row p belongs to policy `policies[p]` at its step `steps[p]`. Of start states it holds obs [P, B, S]; of windows
-    obs [P, H+1, B, S], action [P, H, B, A], reward [P, H, B], terminated [P, H, B] (uint8), task [P, B] (int32) and,
-    of partial ones, valid [P, H, B] (bool); float32 otherwise.
+    obs [P, H+1, B, S], action [P, H, B, A], reward [P, H, B], terminated [P, H, B] (uint8), task [P, B] (int32, as its
+    store numbers it) and, of partial ones, valid [P, H, B] (bool); float32 otherwise.
     """
 
     def __init__(
@@ -84,10 +85,14 @@ class Batch(Mapping[str, Tensor]):
     def to(self, device: str | torch.device) -> dict[str, Tensor]:
         """Copies on a device. On CUDA the copy is asynchronous, and a release waits for it in the background."""
         moved = {name: column.to(device, non_blocking=True, copy=True) for name, column in self.items()}
-        if torch.device(device).type == "cuda":
+        self.copied_to(torch.device(device))
+        return moved
+
+    def copied_to(self, device: torch.device) -> None:
+        """Makes `release` wait, in the background, for copies that were begun on a device's current stream."""
+        if device.type == "cuda":
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(device))
-        return moved
 
     def release(self) -> None:
         """Gives the slot back. Releasing twice is harmless."""
@@ -106,6 +111,8 @@ class RolloutScheduler:
     """Iterates over batches of at most `capacity` policies, `batch` start states (or windows) each.
 
     `horizon` None gives start states, else windows of that many transitions (`partial` as in `WindowSampler`).
+    Rows are as wide as those of the widest of `stores`, or `obs_dim` and `action_dim`: narrower ones end in zeros, and
+    of wider ones the last entries are left out.
     Policies share batches in the order of their admission: the first `capacity` that have steps left, packed into the
     first rows; the others wait. Native workers keep `prefetch` batches ready beside the one in use (None: 2, more of
     small ones); of batches below 256 kB they make half of the ring at a time. Without the native
@@ -122,7 +129,7 @@ class RolloutScheduler:
 
     def __init__(
         self,
-        store: EpisodeStore,
+        stores: EpisodeStore | Sequence[EpisodeStore],
         batch: int,
         horizon: int | None = None,
         capacity: int = 1,
@@ -130,49 +137,63 @@ class RolloutScheduler:
         threads: int = 1,
         partial: bool = False,
         backend: str | None = None,
+        *,
+        obs_dim: int | None = None,
+        action_dim: int | None = None,
     ) -> None:
-        for name, value in (("batch", batch), ("capacity", capacity), ("prefetch", prefetch), ("threads", threads)):
+        least = {"batch": batch, "capacity": capacity, "prefetch": prefetch, "threads": threads}
+        for name, value in (least | {"obs_dim": obs_dim, "action_dim": action_dim}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if partial and horizon is None:
             raise ValueError("partial windows need a horizon, got None")
         backend = backends.resolve(backend)
-        self.store, self.batch, self.horizon, self.capacity = store, int(batch), horizon, int(capacity)
+        self.stores = [stores] if isinstance(stores, EpisodeStore) else list(stores)
+        if not self.stores:
+            raise ValueError("a scheduler needs at least one episode store, got none")
+        self.batch, self.horizon, self.capacity = int(batch), horizon, int(capacity)
         self.partial, self.threads = partial, int(threads)
+        self.obs_dim = max(store.obs_dim for store in self.stores) if obs_dim is None else obs_dim
+        self.action_dim = max(store.action_dim for store in self.stores) if action_dim is None else action_dim
         self._samplers: dict[str, WindowSampler] = {}  # by what was chosen
-        self._sampler = WindowSampler(store, 1 if horizon is None else horizon, backend="torch", partial=partial)
+        if horizon is not None:
+            for store in self.stores:
+                WindowSampler(store, horizon, backend="torch", partial=partial)
         self._chosen: dict[int, dict[str, Any]] = {}
         self._copying: list[tuple[torch.cuda.Event, int]] = []
-        files = [
-            (str(store.path / COLUMNS[name].file), getattr(store, name).nbytes)
-            for name in (COLUMNS if horizon is not None else ("obs",))
-            if name != "episode_start"  # read when the store was opened
-        ]
+        files = [self._files(store) for store in self.stores]
         self._ring = self._allocate(self._usual_prefetch() if prefetch is None else prefetch)
         self._engine: Any
         self._native = backends.native if backend == "native" else None
         if self._native is not None:
-            columns = {name: getattr(store, name) for name in COLUMNS}
-            shape = self.capacity, self.batch, horizon or 0, partial
+            columns = [{name: getattr(store, name) for name in COLUMNS} for store in self.stores]
+            shape = (self.obs_dim, self.action_dim), self.capacity, self.batch, horizon or 0, partial
             try:
-                self._engine = self._native.RolloutScheduler(columns, files, _arrays(self._ring), *shape, self.threads)
+                self._engine = self._native.RolloutScheduler(
+                    list(zip(columns, files)), _arrays(self._ring), *shape, self.threads
+                )
             except ValueError as error:
-                raise StoreError(f"episode store {store.path}: {error}") from error
+                raise StoreError(f"episode store {', '.join(str(s.path) for s in self.stores)}: {error}") from error
         else:
             self._engine = PlainScheduler(self.capacity, self.batch, horizon, files, _arrays(self._ring))
         _open.add(self)
 
+    def _files(self, store: EpisodeStore) -> list[tuple[str, int]]:
+        """Those that batches come from, with their bytes."""
+        names = [name for name in COLUMNS if name != "episode_start"] if self.horizon is not None else ["obs"]
+        return [(str(store.path / COLUMNS[name].file), getattr(store, name).nbytes) for name in names]
+
     def _usual_prefetch(self) -> int:
         """Two, or of small batches as many as fit a core's cache: workers are woken once for many of them."""
-        row = (self.store.obs_dim + (self.store.action_dim if self.horizon else 0)) * 4
+        row = (self.obs_dim + (self.action_dim if self.horizon else 0)) * 4
         return max(2, min(32, 2**18 // (self.capacity * self.batch * ((self.horizon or 0) + 1) * row)))
 
     def _allocate(self, prefetch: int) -> dict[str, Tensor]:
         """Columns [slots, P, ...]; those of start states keep their horizon's axis, of length 1."""
         P, B, H = self.capacity, self.batch, self.horizon or 0
-        shapes: dict[str, tuple[int, ...]] = {"obs": (P, H + 1, B, self.store.obs_dim)}
+        shapes: dict[str, tuple[int, ...]] = {"obs": (P, H + 1, B, self.obs_dim)}
         if H:
-            shapes |= {"action": (P, H, B, self.store.action_dim), "task": (P, B)}
+            shapes |= {"action": (P, H, B, self.action_dim), "task": (P, B)}
             shapes |= dict.fromkeys(("reward", "terminated", *(["valid"] * self.partial)), (P, H, B))
         pinned = torch.cuda.is_available()
         return {n: torch.zeros(prefetch + 1, *s, dtype=_DTYPES[n], pin_memory=pinned) for n, s in shapes.items()}
@@ -219,24 +240,45 @@ class RolloutScheduler:
         *,
         tasks: Tasks | None = None,
         balanced: bool = False,
+        store: int = 0,
     ) -> None:
         """Adds a policy, last in the order, that draws its steps `step` to `end` (excluded; None: until retired).
 
-        `episodes`, `tasks` and `balanced` say what it draws from, as in `WindowSampler`, whose errors for them are
-        raised; also ValueError for an id that is there already, a seed out of range or no steps.
+        `episodes`, `tasks` and `balanced` say what it draws from store number `store`, as in `WindowSampler`, whose
+        errors for them are raised; also ValueError for an id that is there already, a store that is not, a seed out of
+        range or no steps.
         """
-        if not 0 <= step < (_NO_END if end is None else end):
-            raise ValueError(f"step must be >= 0 and below end, got step {step} and end {end}")
+        if not 0 <= store < len(self.stores):
+            raise ValueError(f"store must be in [0, {len(self.stores)}), got {store}")
         ids = None if episodes is None else np.array(episodes, np.int64).reshape(-1)
-        chosen: dict[str, Any] = {"episodes": ids, "tasks": listed(tasks), "balanced": balanced}
-        key = repr((None if ids is None else ids.tobytes(), chosen["tasks"], balanced))
+        key = repr((store, None if ids is None else ids.tobytes(), listed(tasks), balanced))
         if key not in self._samplers:
             self._samplers[key] = WindowSampler(
-                self.store, self._sampler.horizon, partial=self.partial, backend="torch", **chosen
-            )
-        sampler = self._samplers[key].with_seed(seed)  # refuses one out of range
-        self._engine.admit(policy, seed, step, _NO_END if end is None else end, self._draw(sampler))
-        self._chosen[policy] = chosen
+                self.stores[store], self.horizon or 1, ids, partial=self.partial, backend="torch", tasks=tasks,
+                balanced=balanced,
+            )  # fmt: skip
+        self.admit_samplers({policy: self._samplers[key].with_seed(seed)}, step, end)  # refuses a seed out of range
+
+    def admit_samplers(self, samplers: Mapping[int, WindowSampler], step: int = 0, end: int | None = None) -> None:
+        """Adds policies by id, all or none; each draws what its sampler draws, of one of the stores.
+
+        Raises ValueError for an id that is there already, another store's or horizon's sampler, or no steps.
+        """
+        last = _NO_END if end is None else end
+        if not 0 <= step < last:
+            raise ValueError(f"step must be >= 0 and below end, got step {step} and end {end}")
+        numbers = {id(store): number for number, store in enumerate(self.stores)}
+        for sampler in samplers.values():
+            if id(sampler.store) not in numbers:
+                raise ValueError(f"episode store {sampler.store.path} is not one of the scheduler's")
+            if self.horizon is not None and (self.horizon, self.partial) != (sampler.horizon, sampler.partial):
+                raise ValueError(
+                    f"the scheduler's windows have horizon {self.horizon} and partial {self.partial}, the sampler's "
+                    f"{sampler.horizon} and {sampler.partial}"
+                )
+        store_of = {policy: numbers[id(sampler.store)] for policy, sampler in samplers.items()}
+        self._engine.admit([(p, s.seed, step, last, self._draw(s), store_of[p]) for p, s in samplers.items()])
+        self._chosen.update({p: {**s.chosen, "store": store_of[p]} for p, s in samplers.items()})
 
     def retire(self, policy: int) -> None:
         """Removes a policy; those behind it move up a row. Raises ValueError if it is not there."""
@@ -286,7 +328,8 @@ class RolloutScheduler:
         self._settle(wait=False)
         answer, *rest = self._engine.acquire()
         while answer == "held" and self._copying:
-            self._settle(wait=True)
+            self._copying[0][0].synchronize()  # later copies may wait for the device's present work
+            self._settle(wait=False)
             answer, *rest = self._engine.acquire()
         if answer == "ready":
             return Batch(self, *rest)
@@ -297,10 +340,10 @@ class RolloutScheduler:
                 f"all {self.prefetch + 1} batches are in use; release one before asking for the next, or raise prefetch"
             )
         if answer == "fault":
-            row, reason = rest
+            number, row, reason = rest
             if row >= 0:
-                raise not_finite(self.store, row, self.horizon or 0)
-            raise StoreError(f"episode store {self.store.path}: {reason}")
+                raise not_finite(self.stores[number], row, self.horizon or 0)
+            raise StoreError(f"episode store {self.stores[number].path}: {reason}")
         raise RuntimeError("the scheduler is closed; make another one")
 
     def _give_back(self, slot: int, copied: "torch.cuda.Event | None") -> None:

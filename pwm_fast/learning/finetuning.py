@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pwm_fast.baselines.cloning import clone
 from pwm_fast.data.episodes import EpisodeStore, WindowSampler
+from pwm_fast.data.start_states import StartStates
 from pwm_fast.data.task_table import fitted
 from pwm_fast.envs import registry
 from pwm_fast.learning.captured import StepGraph
@@ -106,10 +108,9 @@ class ExtractionRounds:
         self._best_actor: list[dict[str, Tensor]] = [{} for _ in extraction.seeds]
         self.rollbacks = np.zeros(population, np.int64)
         self._sources = {task.name: find_source(data, task) for task in self.tasks}
-        self._starts = [
-            WindowSampler(source.store, 1, seed=seed, tasks=source.task)
-            for source, seed in zip(self._own_sources(), extraction.seeds, strict=True)
-        ]
+        drawn = {name: WindowSampler(source.store, 1, tasks=source.task) for name, source in self._sources.items()}
+        samplers = [drawn[t.name].with_seed(seed) for t, seed in zip(self.tasks, extraction.seeds, strict=True)]
+        self._starts = StartStates(samplers, extraction.config.batch_size, world_model.config.obs_dim)
         usual = PRESETS[world_model.config.latent]
         self._longest = max(usual.horizon, extraction.config.horizon, config.practice_steps)  # window of practice
         self.experience: Experience | None = None
@@ -165,20 +166,21 @@ class ExtractionRounds:
             config = replace(config, cycles=config.cycles * self.stretch)
             if self.execution is not None:  # nothing comes between a round's steps
                 config = replace(config, cycles=1, extraction_steps=config.cycles * config.extraction_steps)
-        while cycles < config.cycles and left > 0:
-            metrics: dict[str, Any] = {}
-            if self.experience is not None:
-                with timed("practice"):
-                    self._practise(self.experience)
-                with timed("model learning"):
-                    metrics |= self._learn_model()
-            with timed("extraction"):
-                steps = min(config.extraction_steps, left)
-                metrics |= self._extract(steps)
-            totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
-            left, cycles = left - steps, cycles + 1
-            if stop():
-                break
+        with self._starts:  # its workers end with the round, however that ends
+            while cycles < config.cycles and left > 0:
+                metrics: dict[str, Any] = {}
+                if self.experience is not None:
+                    with timed("practice"):
+                        self._practise(self.experience)
+                    with timed("model learning"):
+                        metrics |= self._learn_model()
+                with timed("extraction"):
+                    steps = min(config.extraction_steps, left)
+                    metrics |= self._extract(steps)
+                totals = {k: totals.get(k, 0.0) + v for k, v in metrics.items()}
+                left, cycles = left - steps, cycles + 1
+                if stop():
+                    break
         return {k: (v.cpu().numpy() if isinstance(v, Tensor) else v) / cycles for k, v in totals.items()}
 
     def _practise(self, experience: Experience) -> None:
@@ -199,10 +201,13 @@ class ExtractionRounds:
         rows = []
         for _ in range(steps):
             step = int(self.extraction.iteration)
-            if self.experience is not None and self.config.grounded:
+            if self.experience is None:
+                with self._starts.at(step) as batch:
+                    rows.append(self.extraction.step(batch["obs"]))
+            elif self.config.grounded:
                 rows.append(self.extraction.step_along(**self._trajectories(self.experience, step)))
             else:
-                rows.append(self.extraction.step(self._start_states(step)))
+                rows.append(self.extraction.step(self._practised_states(self.experience, step)))
         return {k: torch.stack([row[k] for row in rows]).mean(0) for k in rows[0]}
 
     def _replay(self, steps: int) -> dict[str, Tensor]:
@@ -214,7 +219,8 @@ class ExtractionRounds:
             assert experience is not None
             rows = self._graph.run(steps, lambda i: self._trajectories(experience, begun + i))
         elif isinstance(self._graph.inputs, StagedStates):
-            rows = self._graph.run(steps, lambda i: self._start_states(begun + i))
+            feed = self._starts.at if experience is None else partial(self._practised_states, experience)
+            rows = self._graph.run(steps, lambda i: feed(begun + i))
         else:
             rows = self._graph.run(steps)
         return {name: value.mean(0).to(learner.iteration.device) for name, value in rows.items()}
@@ -302,12 +308,10 @@ class ExtractionRounds:
         ids = self.extraction.task_ids
         return None if ids is None else ids[policy]
 
-    def _start_states(self, step: int) -> np.ndarray:
-        """[P, B, S]: from the policies' own practice, or the data where there is none."""
-        batch, experience = self.extraction.config.batch_size, self.experience
-        if experience is not None:
-            return self._wide(np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)]))
-        return np.stack([self._wide(sampler.start_states(step, batch)) for sampler in self._starts])
+    def _practised_states(self, experience: Experience, step: int) -> np.ndarray:
+        """[P, B, S]: from the policies' own practice."""
+        batch = self.extraction.config.batch_size
+        return self._wide(np.stack([experience.start_states(i, step, batch) for i in range(experience.policies)]))
 
     def _trajectories(self, experience: Experience, step: int) -> dict[str, Tensor]:
         """Windows of each policy's last practice: obs [H+1, P, B, S], action [H, P, B, A], ..."""

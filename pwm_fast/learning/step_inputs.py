@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pwm_fast.data.episodes import EpisodeStore
 from pwm_fast.data.sampling import START_STREAM
+from pwm_fast.data.scheduler import Batch
 from pwm_fast.learning import noise as counter_noise
 from pwm_fast.learning.extraction import Extraction
 
@@ -84,9 +85,13 @@ class StagedStates:
         e = extraction
         self.obs = e.actor.parameters.flat.new_zeros(e.policies_count, e.config.batch_size, e.world_config.obs_dim)
 
-    def stage(self, obs: Tensor | np.ndarray) -> None:
-        """Fill the buffer; raises ValueError for another shape."""
-        _fill(self.obs, obs, "start observations [P, B, S]")
+    def stage(self, obs: Tensor | np.ndarray | Batch) -> None:
+        """Fill the buffer, and release a batch; raises ValueError for another shape."""
+        if not isinstance(obs, Batch):
+            return _fill(self.obs, obs, "start observations [P, B, S]")
+        with obs:
+            _fill(self.obs, obs["obs"], "start observations [P, B, S]")
+            obs.copied_to(self.obs.device)
 
     def states(self, step: Tensor) -> Tensor:
         """The buffer, whatever the step."""

@@ -9,8 +9,9 @@ from small import ACTION_DIM, OBS_DIM, extraction, world_model
 
 from pwm_fast.data.drawing import choose
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, WindowSampler
+from pwm_fast.data.start_states import StartStates
 from pwm_fast.learning.extraction import Extraction
-from pwm_fast.learning.step_inputs import StartTable, start_rows
+from pwm_fast.learning.step_inputs import StagedStates, StartTable, start_rows
 
 
 @pytest.fixture
@@ -48,3 +49,22 @@ def test_a_task_without_start_observations_is_named(store: EpisodeStore) -> None
     ext.tasks = ["b", "e", "b"]
     with pytest.raises(ValueError, match="no start observations of e"):
         StartTable.of_tasks(ext, tables(store, "a", "b"))
+
+
+def test_a_staged_batch_is_copied_and_released(store: EpisodeStore) -> None:
+    ext = three()
+    samplers = [WindowSampler(store, 1, seed=seed) for seed in ext.seeds]
+    staged = StagedStates(ext)
+    with StartStates(samplers, ext.config.batch_size, OBS_DIM, prefetch=1) as starts:
+        for step in range(5):  # more than the ring has slots
+            staged.stage(starts.at(step))
+            expected = np.stack([s.start_states(step, ext.config.batch_size) for s in samplers])
+            np.testing.assert_array_equal(staged.states(torch.tensor(step)).numpy(), expected)
+
+
+def test_a_batch_of_another_shape_is_refused_and_released(store: EpisodeStore) -> None:
+    ext = three()
+    with StartStates([WindowSampler(store, 1)], ext.config.batch_size, OBS_DIM, prefetch=1) as starts:
+        for step in range(5):
+            with pytest.raises(ValueError, match="start observations"):
+                StagedStates(ext).stage(starts.at(step))

@@ -125,7 +125,7 @@ def test_tasks_of_one_model_are_learned_side_by_side(two_tasks):
 def test_each_policy_starts_in_its_own_tasks_states(two_tasks):
     model, data = two_tasks
     job = make_job(TASKS, model, data, [0, 1], Budget(steps=3), SMALL, FROZEN)
-    for sampler, task in zip(job.rounds._starts, TASKS):
+    for sampler, task in zip(job.rounds._starts.samplers, TASKS):
         seen = sampler.start_states(0, 64)
         assert (seen[:, SIZES[task][0] :] == 0).all() and (seen[:, : SIZES[task][0]] != 0).all()
 
@@ -184,7 +184,8 @@ def test_stores_of_the_tasks_own_sizes_are_padded(two_tasks, tiny_store):
     model, both = two_tasks
     stores = [EpisodeStore.open(tiny_store), both]
     job = make_job(TASKS, model, stores, [0, 1], Budget(steps=3), SMALL, FROZEN, start="scratch")
-    states = job.rounds._start_states(0)
+    with job.rounds._starts.at(0) as batch:
+        states = batch["obs"].numpy().copy()
     assert states.shape == (2, 8, 37) and (states[0, :, 11:] == 0).all()
     expected = WindowSampler(stores[0], 1, seed=0).start_states(0, 8)
     np.testing.assert_array_equal(states[0, :, :11], expected)
