@@ -68,7 +68,7 @@ def _quaternion_of(kind: str, name: str) -> Any:
 
 
 class _Lean(SawyerXYZEnv):
-    """Before a task's class in the order of methods."""
+    """Before a task's class in the order of methods. Actions are float64; what is not said here is Meta-World's."""
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         model = copy(compiled(self.fullpath))
@@ -119,7 +119,7 @@ class _Lean(SawyerXYZEnv):
     def _get_obs(self) -> np.ndarray:
         goal, before = self._get_pos_goal(), self._prev_obs
         self._prev_obs = self._get_curr_obs_combined_no_goal()
-        return np.concatenate((self._prev_obs, before, goal * 0.0 if self._partially_observable else goal))
+        return np.concatenate((self._prev_obs, before, np.zeros(3) if self._partially_observable else goal))
 
     def set_xyz_action(self, action: np.ndarray) -> None:
         wanted = zip(self.data.mocap_pos[0].tolist(), action.tolist(), self._mocap_low, self._mocap_high)
@@ -137,7 +137,7 @@ class _Lean(SawyerXYZEnv):
         self.data.ctrl[:] = action[3], -action[3]
         mujoco.mj_step(self.model, self.data, nstep=self.frame_skip)
         self.curr_path_length += 1
-        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_forward(self.model, self.data)  # in full: the solver of the next step starts from what it finds
         limits = self.sawyer_observation_space
         obs = np.minimum(np.maximum(self._get_obs(), limits.low), limits.high)
         self._last_stable_obs = obs
