@@ -22,7 +22,9 @@ namespace pwm_fast {
 
 const GemmTable& gemm_table() {
 #ifdef PWM_FAST_X86
+#ifdef PWM_FAST_AVX512BF16
     if (selected_isa() == Isa::avx512bf16) return gemm_avx512bf16();
+#endif
     if (selected_isa() == Isa::avx512) return gemm_avx512();
     if (selected_isa() == Isa::avx2) return gemm_avx2();
 #endif

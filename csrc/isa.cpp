@@ -44,7 +44,9 @@ const std::vector<Isa>& available_isas() {
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#ifdef PWM_FAST_AVX512BF16
         if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
+#endif
         if (avx2 && avx512) found.push_back(Isa::avx512);
         if (avx2) found.push_back(Isa::avx2);
 #endif
