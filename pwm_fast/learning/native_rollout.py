@@ -7,8 +7,8 @@ layer, the recurrence takes 1.7, 1.3 and 1.1 times as long at 1M, 5M and 48M, fo
 threads a whole step takes 1.1, 1.3 and 1.4 times the CPU time, for torch's second thread spins while it waits; with
 OMP_WAIT_POLICY=passive the recurrence still takes 2.0 and 1.9 times forward and 1.6 and 1.5 backward at 1M and 5M.
 
-The reward's networks stay as they were: over 4 blocks of 256 rows, one call each, so that activations stay in the cache,
-they took 1.06 to 1.2 times as long as over all 1024 rows at once, and over 16 blocks 1.04 to 1.5 times.
+The reward's networks stay as they were: in 4 calls for blocks of 256 rows, so that activations stay in the cache, they
+took 1.04 to 1.2 times as long as in one call for all 1024 rows, in 16 calls 1.04 to 1.5 times.
 """
 
 from __future__ import annotations
