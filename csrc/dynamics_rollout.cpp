@@ -10,10 +10,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -23,6 +21,7 @@
 #include "gemm.hpp"
 #include "huge_pages.hpp"
 #include "rollout_actors.hpp"
+#include "rollout_spans.hpp"
 
 namespace py = pybind11;
 
@@ -41,13 +40,6 @@ struct DynamicsLayer {
     const float *weight, *transpose, *bias;
     int64_t bias_stride;
     const float *gain, *shift;
-};
-
-// Rows [row, row + rows) of each of `policies` neighbouring policies; all rows where there is more than one policy.
-struct Span {
-    int64_t policy, policies, row, rows;
-
-    int64_t all() const { return policies * rows; }
 };
 
 // The population's arrays, in the layouts of `Recurrence` (pwm_fast/learning/imagination.py).
@@ -102,6 +94,7 @@ public:
         over_spans(threads, [&](const Span& span, SpanMemory& memory, int inner) {
             imagine(span, memory, at(z), at(noise), std.data(), inner);
         });
+        imagined_ = true;
     }
 
     // d_action [P, H, B, A] of the last forward(), from the gradients d_inputs [H, P, B, Z + A] and d_last [P, B, Z]. The
@@ -110,6 +103,7 @@ public:
                   Address d_last, Address mask, Address d_action, const std::vector<Address>& places, bool detach,
                   int threads) {
         const std::lock_guard<std::mutex> only_one(busy_);
+        if (!imagined_) throw std::runtime_error("a rollout's backward pass needs its forward pass first");
         take(dynamics, panel, places);
         if (!detach) actors_.pack(at(parameters), false, threads);
         over_spans(threads, [&](const Span& span, SpanMemory& memory, int inner) {
@@ -118,11 +112,6 @@ public:
     }
 
 private:
-    // Small dynamics come from the third-level cache in no time, so activations had better stay in the second; larger ones
-    // are read for many rows at once. Threads of few rows each read all weights as often as one of many rows does.
-    int64_t span_rows() const { return weights_ <= 1 << 19 ? 64 : 256; }
-    int64_t fewest_rows() const { return weights_ <= 1 << 20 ? 16 : 64; }
-
     static std::vector<ActorLayer> layers_of(const std::vector<std::vector<int64_t>>& rows) {
         std::vector<ActorLayer> layers;
         for (const auto& l : rows) layers.push_back({l.at(0), l.at(1), l.at(2), l.at(3), l.at(4), l.at(5)});
@@ -155,28 +144,10 @@ private:
     // Calls work(span, memory, threads within it) for all rows of all policies.
     template <typename Work>
     void over_spans(int threads, const Work& work) {
-        const int64_t all = policies_ * batch_;
-        const bool even = policies_ % threads == 0 || policies_ >= 4 * threads;
-        const int64_t parts = even ? 1 : threads / std::gcd(policies_, static_cast<int64_t>(threads));
-        const bool own = parts == 1 ? all >= threads * fewest_rows() : batch_ >= parts * fewest_rows();
-        const int64_t lanes = own ? threads : 1, rows = lanes * span_rows();
-        const int64_t wanted = lanes * ((all + rows - 1) / rows);
-        std::vector<Span> spans;
-        if (own && parts > 1) {
-            for (int64_t i = 0; i < policies_ * parts; ++i) {
-                const int64_t begin = batch_ * (i % parts) / parts, end = batch_ * (i % parts + 1) / parts;
-                spans.push_back({i / parts, 1, begin, end - begin});
-            }
-        } else {
-            const int64_t count = std::min(policies_, wanted);
-            for (int64_t i = 0; i < count; ++i) {
-                const int64_t begin = policies_ * i / count, end = policies_ * (i + 1) / count;
-                spans.push_back({begin, end - begin, 0, batch_});
-            }
-        }
-        while (static_cast<int64_t>(memories_.size()) < lanes) memories_.push_back(std::make_unique<SpanMemory>());
-        WorkerPool::instance().run(static_cast<int64_t>(spans.size()), static_cast<int>(lanes), [&](int64_t i, int slot) {
-            work(spans[static_cast<size_t>(i)], *memories_[static_cast<size_t>(slot)], own ? 1 : threads);
+        const RolloutSpans plan(policies_, batch_, weights_, threads);
+        while (static_cast<int>(memories_.size()) < plan.at_once) memories_.push_back(std::make_unique<SpanMemory>());
+        WorkerPool::instance().run(static_cast<int64_t>(plan.spans.size()), plan.at_once, [&](int64_t i, int slot) {
+            work(plan.spans[static_cast<size_t>(i)], *memories_[static_cast<size_t>(slot)], plan.within);
         });
     }
 
@@ -195,7 +166,8 @@ private:
         for (int64_t i = 0; i < s.policies; ++i) body(s.policy + i, i * s.rows);
     }
 
-    void imagine(const Span& s, SpanMemory& memory, const float* z, const float* noise, const float* std, int threads) const {
+    void imagine(const Span& s, SpanMemory& memory, const float* z, const float* noise, const float* std,
+                 int threads) const {
         over_policies(s, [&](int64_t policy, int64_t) {
             std::copy_n(z + (policy * batch_ + s.row) * latent_, s.rows * latent_, latents(s, policy, 0));
         });
@@ -304,7 +276,8 @@ private:
     }
 
     // The gradient [rows, Z + A] at the inputs of step h, in `one` or `other`, given that at the dynamics' output.
-    const float* dynamics_gradient(const Span& s, int64_t h, const float* dz, float* one, float* other, int threads) const {
+    const float* dynamics_gradient(const Span& s, int64_t h, const float* dz, float* one, float* other,
+                                   int threads) const {
         const int64_t first = by_step(s, h), rows = s.all();
         const float* d = dz;
         for (size_t i = layers_.size(); i-- > 0;) {
@@ -352,6 +325,7 @@ private:
     const bool residual_;
     const float eps_;
     int64_t latent_ = 0, action_ = 0, widest_ = 0, weights_ = 0;
+    bool imagined_ = false;
     std::mutex busy_;
     std::vector<DynamicsLayer> layers_;
     Arrays arrays_{};

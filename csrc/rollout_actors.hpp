@@ -2,7 +2,9 @@
 // products' order once a call, not once a step: they are constant within a rollout.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "elementwise.hpp"
@@ -68,8 +70,8 @@ public:
             const ActorLayer& l = layers_[i];
             const bool hidden = i + 1 < layers_.size();
             float* const pre = hidden ? kept[i].pre + first * l.outputs : mu;
-            multiply_on_threads({rows, l.outputs, l.inputs, in, packed(policy, i), true, pre, l.outputs, p + l.bias, nullptr},
-                                threads);
+            multiply_on_threads({rows, l.outputs, l.inputs, in, packed(policy, i), true, pre, l.outputs, p + l.bias,
+                                 nullptr}, threads);
             if (!hidden) return;
             float* const y = kept[i].y + first * l.outputs;
             mish_layernorm_forward(pre, p + l.gain, p + l.shift, y, kept[i].mean + first, kept[i].rstd + first, rows,

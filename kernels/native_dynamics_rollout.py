@@ -94,7 +94,8 @@ class NativeDynamicsRollout:
         """Gradients [P, H, B, A] of the last `forward`'s actions, given those at its inputs from elsewhere (rewards).
 
         d_inputs [H, P, B, Z + A] is left as it is; d_last [P, B, Z] is the gradient at z_H. `detach` cuts the actors'
-        own dependence on z; else `mask` [P, 1, A] is 0 where an actor's action depends on nothing. Raises as `forward`.
+        own dependence on z; else `mask` [P, 1, A] is 0 where an actor's action depends on nothing. Raises as `forward`,
+        and RuntimeError where that was not called.
         """
         d_inputs, d_last = d_inputs.contiguous(), d_last.contiguous()
         mask = None if mask is None else mask.contiguous()

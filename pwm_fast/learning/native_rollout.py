@@ -7,8 +7,8 @@ layer, the recurrence takes 1.7, 1.3 and 1.1 times as long at 1M, 5M and 48M, fo
 threads a whole step takes 1.1, 1.3 and 1.4 times the CPU time, for torch's second thread spins while it waits; with
 OMP_WAIT_POLICY=passive the recurrence still takes 2.0 and 1.9 times forward and 1.6 and 1.5 backward at 1M and 5M.
 
-The reward's networks stay as they were: over 4 blocks of 256 rows, one call each, so that activations stay in the cache,
-they took 1.06 to 1.2 times as long as over all 1024 rows at once, and over 16 blocks 1.04 to 1.5 times.
+The reward's networks stay as they were: in 4 calls for blocks of 256 rows, so that activations stay in the cache, they
+took 1.04 to 1.2 times as long as in one call for all 1024 rows, in 16 calls 1.04 to 1.5 times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NativeRollout:
     def __init__(self, dynamics: FrozenNetwork, config: WorldModelConfig):
         self._dynamics, self._config = dynamics, config
         self._plans: dict[tuple[object, ...], NativeDynamicsRollout] = {}
-        self._plan: NativeDynamicsRollout | None = None  # of the last forward
+        self._plan: NativeDynamicsRollout | None = None  # of the last call
 
     def available(self, actor: Actor, z: Tensor, noise: Tensor) -> bool:
         """Whether float32 products on the CPU are native at the moment (`pwm_fast.backend`)."""
@@ -44,23 +44,26 @@ class NativeRollout:
         return packed and (c.residual or c.simnorm_dim == SIMNORM_DIM)
 
     def forward(self, actor: Actor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        p = actor.parameters
-        key = (actor.mlp.widths, p.size, *noise.shape)
+        p, layers, (policies, horizon, batch, _) = actor.parameters, self._dynamics.layers, noise.shape
+        key = self._key(actor, policies, horizon, batch)
         if key not in self._plans:
-            layers = self._dynamics.layers
             offsets = {name: view.storage_offset() for name, view in p.views.items()}
             widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
             self._plans[key] = NativeDynamicsRollout(
-                actor.mlp.widths, offsets, p.size, widths, *noise.shape[:3], self._config.residual, EPS
+                actor.mlp.widths, offsets, p.size, widths, policies, horizon, batch, self._config.residual, EPS
             )
         self._plan = self._plans[key]
         return self._plan.forward(p.flat, self._layers(), z, noise)
 
     def backward(self, actor: Actor, d_inputs: Tensor, d_last: Tensor, detach: bool) -> Tensor:
-        return self._last().backward(actor.parameters.flat, self._layers(), d_inputs, d_last, detach, actor.mask)
+        """Of the last rollout of this shape, whatever others there were since."""
+        horizon, policies, batch, _ = d_inputs.shape
+        self._plan = self._plans[self._key(actor, policies, horizon, batch)]
+        return self._plan.backward(actor.parameters.flat, self._layers(), d_inputs, d_last, detach, actor.mask)
 
     def sample(self, actor: Actor) -> ActionSample:
-        plan = self._last()
+        plan = self._plan
+        assert plan is not None
         x = plan.latents[:, :-1].flatten(1, 2)  # [P, H * B, Z]
         hidden, outputs = [], plan.actor_outputs
         for rows, y in zip(plan.actor_rows, [x, *outputs]):
@@ -70,10 +73,9 @@ class NativeRollout:
     def load(self, dynamics: Sequence[FrozenLayer]) -> None:
         """Nothing to do: the network's own weights are read where they lie, whatever they are by then."""
 
-    def _last(self) -> NativeDynamicsRollout:
-        if self._plan is None:
-            raise RuntimeError("a rollout's backward pass needs its forward pass first")
-        return self._plan
+    @staticmethod
+    def _key(actor: Actor, policies: int, horizon: int, batch: int) -> tuple[object, ...]:
+        return actor.mlp.widths, actor.parameters.size, policies, horizon, batch
 
     def _layers(self) -> list[PackedLayer]:
         out = []

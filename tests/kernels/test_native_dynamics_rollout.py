@@ -227,6 +227,8 @@ def test_weights_packed_for_another_instruction_set_are_refused() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     native = Native(CASES["one policy"])
+    with pytest.raises(RuntimeError, match="a rollout's backward pass needs its forward pass first"):
+        native.plan.backward(native.actor.parameters.flat, native.layers, **native.gradients)
     with pytest.raises(ValueError, match=r"z must be contiguous \(1, 5, 24\), got \(1, 4, 24\)"):
         native.run(z=native.arguments["z"][:, :4])
     with pytest.raises(TypeError, match=r"d_last must be float32 on the cpu, got torch\.float64"):

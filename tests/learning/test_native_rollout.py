@@ -104,12 +104,14 @@ def test_another_world_model_is_taken_from_the_next_step_on() -> None:
 
 def test_rollouts_of_other_shapes_have_memory_of_their_own() -> None:
     ext = make(policies=1)
-    first = imagine(ext)
+    first, gradients = imagine(ext), []
     kept = first.latents.clone()
-    ext.imagination.rollout(ext.actor, torch.randn(1, 4, OBS_DIM), torch.randn(1, 9, 4, 3))
-    assert torch.equal(first.latents, kept)
-    second = imagine(ext)
-    assert second.latents.data_ptr() == first.latents.data_ptr() and torch.equal(second.latents, kept)
+    for noise in (torch.randn(1, 9, 4, 3), torch.randn(1, 2, 7, 3)):
+        ext.imagination.backward(ext.actor, first, torch.ones_like(first.reward), None, kept[:, -1])
+        gradients.append(ext.actor.parameters.grad.clone())
+        ext.imagination.rollout(ext.actor, torch.randn(1, noise.shape[2], OBS_DIM), noise)
+    assert torch.equal(*gradients) and gradients[0].any() and torch.equal(first.latents, kept)
+    assert imagine(ext).latents.data_ptr() == first.latents.data_ptr()
 
 
 def test_tasks_of_fewer_actions() -> None:
