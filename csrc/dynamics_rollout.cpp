@@ -40,6 +40,7 @@ struct DynamicsLayer {
     const float *weight, *transpose, *bias;
     int64_t bias_stride;
     const float *gain, *shift;
+    bool bf16;  // weight and transpose are packed in bfloat16
 };
 
 // The population's arrays, in the layouts of `Recurrence` (pwm_fast/learning/imagination.py).
@@ -132,7 +133,7 @@ private:
         for (size_t i = 0; i < dynamics.size(); ++i) {
             const auto& l = dynamics[i];
             layers_.push_back({widths_[i], widths_[i + 1], at(l.at(0)), at(l.at(1)), at(l.at(2)),
-                               static_cast<int64_t>(l.at(3)), at(l.at(4)), at(l.at(5))});
+                               static_cast<int64_t>(l.at(3)), at(l.at(4)), at(l.at(5)), l.at(6) != 0});
         }
         arrays_ = {at(places[0]), at(places[1]), at(places[2]), {}};
         for (size_t i = 0; i < hidden; ++i) {
@@ -218,7 +219,7 @@ private:
             const bool last = i + 1 == layers_.size();
             float* const pre = last && residual_ ? change : kept_[i]->pre.at_least(0) + first * l.outputs;
             multiply_on_threads({rows, l.outputs, l.inputs, in, {l.weight, 0, 0}, true, pre, l.outputs,
-                                 l.bias_stride ? nullptr : l.bias, nullptr}, threads);
+                                 l.bias_stride ? nullptr : l.bias, nullptr, false, 0, l.bf16}, threads);
             if (l.bias_stride) add_biases(s, l, pre);
             if (!last) {
                 forward_rows(&ElementwiseTable::layernorm_mish_forward, pre, l.gain, l.shift, y, mean, rstd, rows,
@@ -297,7 +298,7 @@ private:
                 d = one;
             }
             multiply_on_threads({rows, l.inputs, l.outputs, {d, l.outputs, 1}, {l.transpose, 0, 0}, true, other, l.inputs,
-                                 nullptr, nullptr}, threads);
+                                 nullptr, nullptr, false, 0, l.bf16}, threads);
             std::swap(one, other);
             d = one;
         }
