@@ -48,6 +48,7 @@ def extraction(
     policies: int = 1,
     seeds: list[int] | None = None,
     task_ids: list[int] | None = None,
+    precision: str = "fp32",
     **options: Any,
 ) -> Extraction:
     """An extraction with the networks of `SMALL`; policy p has seed 10 + p and task p modulo the number of tasks."""
@@ -55,7 +56,9 @@ def extraction(
     if task_ids is None and tasks:
         task_ids = [p % tasks for p in range(policies)]
     seeds = seeds or [10 + p for p in range(policies)]
-    return Extraction(model, ExtractionConfig(**{**SMALL, **options}), task_ids, seeds, total_steps=50)
+    return Extraction(
+        model, ExtractionConfig(**{**SMALL, **options}), task_ids, seeds, total_steps=50, precision=precision
+    )
 
 
 def start_obs(ext: Extraction, seed: int = 0) -> Tensor:

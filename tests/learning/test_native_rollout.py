@@ -65,8 +65,9 @@ def test_steps_agree_with_those_in_float64(name: str, policies: int) -> None:
         assert relative(metrics[key].double(), expected[key]) < 1e-4, key
 
 
-def test_rollouts_are_those_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once, loops = make(), make()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rollouts_are_those_step_by_step(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, loops = (make(precision=precision) for _ in range(2))
     monkeypatch.setattr(loops.imagination._native, "available", lambda *_: False)
     fast, slow = imagine(at_once), imagine(loops)
     assert len(slow.dynamics) == at_once.config.horizon and not fast.dynamics
