@@ -274,19 +274,35 @@ def test_rollout_in_one_call(size: str, threads: int, record_property: Callable)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", STEPS)
-def test_compiled_step(size: str, monkeypatch: pytest.MonkeyPatch, record_property: Callable) -> None:
-    """The explicit step on torch's operations under torch.compile, against the native one; its warm-up is reported."""
+def test_compiled_step(size: str, record_property: Callable) -> None:
+    """The published form with its networks under torch.compile, against the same without, and against the native step.
+
+    Warm-up is reported. The whole step as one compiled function is no rival: H unrolled steps and 32 of the critics did
+    not come out of the compiler within 25 minutes.
+    """
     model, preset = make_world_model(size), PRESETS["published-code"]
-    native, explicit = (Extraction(model, preset, task_ids=[3]) for _ in range(2))
-    obs, _ = batch()
-    compiled = forced(monkeypatch, "torch", partial(torch.compile(explicit.step), obs))
-    warm_up = sum(cpu_seconds(compiled, 1) for _ in range(2))
-    steps = {"compiled": compiled, "native": lambda: native.step(obs)}
+    native = Extraction(model, preset, task_ids=[3])
+    (compiled, plain), (obs, noise) = (NaiveExtraction(model, native) for _ in range(2)), batch()
+    for part, names in ((compiled.world, ("encode", "next", "reward")), (compiled, ("actor", "values"))):
+        for name in names:
+            setattr(part, name, torch.compile(getattr(part, name)))
+    start = time.perf_counter()
+    losses = compiled.step(obs[0], noise[0])
+    warm_up = time.perf_counter() - start
+    expected = plain.step(obs[0], noise[0])
+    assert losses["actor_loss"] == pytest.approx(expected["actor_loss"], rel=1e-4)
+    assert losses["actor_grad_norm"] == pytest.approx(expected["actor_grad_norm"], rel=1e-3)
+    steps = {
+        "autograd": lambda: plain.step(obs[0], noise[0]),
+        "compiled": lambda: compiled.step(obs[0], noise[0]),
+        "native": lambda: native.step(obs),
+    }
     rounds = [{name: cpu_seconds(step, STEPS[size]) for name, step in steps.items()} for _ in range(4)]
     best = {name: min(r[name] for r in rounds) for name in steps}
     print(
-        f"\n  step at {size}: compiled {1e3 * best['compiled']:.0f} ms after {warm_up:.0f} CPU seconds of warm-up, "
-        f"native {1e3 * best['native']:.0f} ms, ratio {best['compiled'] / best['native']:.2f}",
+        f"\n  step at {size}: autograd {1e3 * best['autograd']:.0f} ms; compiled {1e3 * best['compiled']:.0f} ms after "
+        f"{warm_up:.0f} s of warm-up, ratio {best['autograd'] / best['compiled']:.2f}; native "
+        f"{1e3 * best['native']:.0f} ms, ratio {best['autograd'] / best['native']:.2f}",
         end="",
     )
     record_property(f"{size}_compiled_ratio", best["compiled"] / best["native"])
