@@ -93,12 +93,12 @@ void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const pwm_fast::Dr
 // Windows begin to end of B.
 bool gather(const pwm_fast::Columns& from, const int64_t* rows, int64_t begin, int64_t end, int64_t horizon, int64_t B,
             const pwm_fast::WindowBatch& to) {
-    const int64_t at_once = pwm_fast::drawn_at_once(from, horizon);
+    constexpr int64_t kAtOnce = 256;
     const pwm_fast::Gather some = pwm_fast::selected_gather();
     bool finite = true;
     for (int64_t stop; begin < end; begin = stop) {
-        stop = std::min(begin + at_once, end);
-        for (int64_t i = begin; i < stop; ++i) pwm_fast::prefetch_drawn(from, rows[i], horizon);
+        stop = std::min(begin + kAtOnce, end);
+        for (int64_t i = begin; i < stop; ++i) pwm_fast::prefetch_numbers(from, rows[i], horizon);
         finite = some(from, rows + begin, stop - begin, end - begin, horizon, begin, B, to) && finite;
     }
     return finite;

@@ -55,24 +55,10 @@ inline Gather selected_gather() {
     return gather_windows_portable;
 }
 
-constexpr int64_t kDrawn = 512;
-
-// How many windows, at most kDrawn, are drawn and then gathered: start states that were asked for meanwhile must still be
-// in a core's second cache.
-inline int64_t drawn_at_once(const Columns& from, int64_t horizon) {
-    constexpr int64_t kBytes = 160 << 10;
-    return horizon > 0 ? kDrawn : std::min(kDrawn, std::max<int64_t>(16, kBytes / (4 * from.obs_dim)));
-}
-
-// Asks for what of a drawn window will cost a wait and take little room: a start state, or the lines of its short
-// columns. What is longer comes while other windows are gathered.
-inline void prefetch_drawn(const Columns& from, int64_t row, int64_t horizon) {
-    if (horizon == 0) {
-        const float* const first = from.obs + row * from.obs_dim;
-        for (int64_t i = 0; i < from.obs_dim; i += 16) __builtin_prefetch(first + i, 0, 2);
-        __builtin_prefetch(first + from.obs_dim - 1, 0, 2);
-        return;
-    }
+// Asks for the lines of a window's short columns, each of which costs a wait and little room. What is longer comes
+// while other windows are gathered.
+inline void prefetch_numbers(const Columns& from, int64_t row, int64_t horizon) {
+    if (horizon == 0) return;
     for (int64_t h = 0; h < horizon; h += 16) __builtin_prefetch(from.reward + row + h);
     __builtin_prefetch(from.reward + row + horizon - 1);
     __builtin_prefetch(from.terminated + row);

@@ -42,21 +42,13 @@ private:
     template <typename Vector>
     PWM_FAST_INLINE static void in_vectors(float* to, const float* from, int64_t count, Vector& seen) {
         constexpr int64_t N = sizeof(Vector) / sizeof(float);
-        int64_t i = 0;
-        for (; i + 2 * N <= count; i += 2 * N) {
-            Vector one, other;
-            __builtin_memcpy(&one, from + i, sizeof one);
-            __builtin_memcpy(&other, from + i + N, sizeof other);
-            __builtin_memcpy(to + i, &one, sizeof one);
-            __builtin_memcpy(to + i + N, &other, sizeof other);
-            seen |= ((one & kExponent) + kLowestOfIt) | ((other & kExponent) + kLowestOfIt);
-        }
-        for (; i < count; i += N) {
+        for (int64_t i = 0;; i += N) {
             if (i + N > count) i = count - N;  // some of them twice, which is quicker than one by one
             Vector bits;
             __builtin_memcpy(&bits, from + i, sizeof bits);
             __builtin_memcpy(to + i, &bits, sizeof bits);
             seen |= (bits & kExponent) + kLowestOfIt;
+            if (i + N == count) return;
         }
     }
 
@@ -67,8 +59,8 @@ private:
 
 // How many windows go side by side. Random rows of a large store are in no cache, and a core that waits for each in
 // turn reaches a third of the speed of a copy: while a row is copied, the same row of the window so far behind it is on
-// its way. Six of 5 kB fit a first cache of 32 kB; with twelve it took 15% longer (bench/test_scheduler.py).
-constexpr int64_t kSideBySide = 6;
+// its way. With more of them the processor's own prefetching loses track (bench/test_scheduler.py).
+constexpr int64_t kSideBySide = 8;
 
 // One column of `length` rows of each window, `width` numbers each, to [length, B, to_width].
 PWM_FAST_INLINE void gather_column(const float* from, int64_t width, int64_t length, const int64_t* rows, int64_t count,

@@ -9,6 +9,8 @@ namespace pwm_fast {
 
 namespace {
 
+constexpr int64_t kDrawn = 512;  // windows that are drawn, then gathered
+
 constexpr int64_t kWorthWaking = 1 << 18;  // bytes; filling as many takes ten times as long as waking
 
 int64_t bytes_per_window(const BatchShape& shape) {
@@ -335,7 +337,7 @@ RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) 
     if (found.fault) return found;
     std::array<int64_t, kDrawn> rows;
     for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
-        drawn = std::min(begin + drawn_at_once(sources_[slot.rows[begin / B].source].columns, H), end);
+        drawn = std::min(begin + kDrawn, end);
         draw_rows(slot, begin, drawn, rows.data());
         for (int64_t n = begin, stop, same = begin; n < drawn; n = stop) {
             const int64_t p = n / B, source = slot.rows[p].source, *const first = rows.data() + n - begin;
@@ -376,7 +378,7 @@ void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, i
             const Draw::Drawn drawn = (*policy.draw)(random_pair(
                 policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
             *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
-            prefetch_drawn(columns, *rows, H);
+            prefetch_numbers(columns, *rows, H);
             if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, policy, drawn, *rows);
         }
     }

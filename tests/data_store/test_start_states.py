@@ -113,6 +113,7 @@ def test_bad_data_stops_its_step_and_no_other(samplers, backend):
 @pytest.mark.parametrize("end", ["close", "exception", "interrupt", "deleted"])
 @pytest.mark.parametrize("holding", [False, True])
 def test_every_end_leaves_no_thread_and_no_file(samplers, end, holding):
+    gc.collect()  # what earlier tests left
     before, files = threads_alive(), files_open()
     starts = StartStates(samplers, 6, WIDTH, threads=2)
     assert threads_alive() == before  # none before the first step
