@@ -192,9 +192,9 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
 def test_cached(
     benchmark: Any, store: EpisodeStore, policies: int, batch: int, horizon: int | None, threads: int
 ) -> None:
-    """Goals: 5 times torch, 0.6 of a copy. Not reached on 2 AMD cores that several others used: windows 2.1 to 3.0
-    times torch with rows given, 2.5 to 3.7 with drawing, and 0.36 to 0.55 of a copy; start states of one policy 2.0 to
-    2.6 and 8 to 9 times, of 80 policies 3.1 to 3.8 and 4.1 to 5.1 times, 0.21 to 0.26 of a copy. The same gather of
+    """Goals: 5 times torch, 0.6 of a copy. Not reached on 2 idle Zen 3 cores: windows 2.0 to 3.0 times
+    torch with rows given, 2.2 to 3.5 with drawing, and 0.30 to 0.42 of a copy; start states of one policy 1.0 to 1.4
+    and 5 to 7 times, of 80 policies 2.0 to 2.6 and 3.0 to 3.4 times, 0.17 to 0.23 of a copy. The same gather of
     windows called in a loop, without workers, reached 0.44 to 0.55: observations take a half of its time, actions a
     quarter, rewards and ends a tenth, draws 3%. One that only reads, window after window, reached 0.6 of a copy.
 
