@@ -11,6 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
+from live_threads import threads_alive
 
 from pwm_fast import backend as backends
 from pwm_fast.data.episodes import StoreError
@@ -25,10 +26,6 @@ def started(store, **options):
     scheduler = RolloutScheduler(store, 50, 3, **{"threads": 2, "prefetch": 3, **options})
     scheduler.admit(0, seed=0)
     return scheduler
-
-
-def threads_alive():
-    return len(os.listdir("/proc/self/task"))
 
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")

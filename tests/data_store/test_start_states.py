@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from live_threads import threads_alive
 
 from pwm_fast import backend as backends
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError, WindowSampler
@@ -38,10 +39,6 @@ def expected(samplers, step, batch=6):
 def taken(starts, step):
     with starts.at(step) as batch:
         return batch["obs"].numpy().copy()
-
-
-def threads_alive():
-    return len(os.listdir("/proc/self/task"))
 
 
 def files_open():

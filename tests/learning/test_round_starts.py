@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from live_threads import threads_alive
 
 from pwm_fast import backend as backends
 from pwm_fast.data.episodes import EpisodeStore, EpisodeWriter, StoreError, WindowSampler
@@ -69,10 +70,6 @@ def drawn(stores: list[EpisodeStore], step: int) -> np.ndarray:
 
 def actors(rounds: ExtractionRounds) -> torch.Tensor:
     return rounds.extraction.actor.parameters.flat
-
-
-def threads_alive() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS, ids=["plain", "staged", "overlapped"])
