@@ -27,11 +27,6 @@ namespace py = pybind11;
 namespace pwm_fast {
 namespace {
 
-template <typename T = float>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
 // States [rows, width] of one minibatch as the two products of the first layer read them.
 struct States {
     int64_t rows, width;

@@ -28,11 +28,6 @@ namespace py = pybind11;
 namespace pwm_fast {
 namespace {
 
-template <typename T = float>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
 // A layer of the dynamics: W^T and W as products read them, the bias with the distance between policies' (0: shared), and
 // the affine part of the norm, null in a last layer without one.
 struct DynamicsLayer {

@@ -9,6 +9,11 @@ namespace pwm_fast {
 
 using Address = std::uintptr_t;  // of a tensor's data
 
+template <typename T = float>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
 // y = kernel(x) of one group's rows [rows, columns]; y may be x.
 void forward_rows(ElementwiseTable::RowForward ElementwiseTable::*kernel, const float* x, const float* w, const float* b,
                   float* y, float* mean, float* rstd, int64_t rows, int64_t columns, float eps, int threads);

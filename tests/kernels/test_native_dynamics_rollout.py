@@ -113,7 +113,8 @@ def test_agrees_with_the_definition(name: str, detach: bool) -> None:
 
 
 sizes = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 37])
-widths = st.lists(sizes.filter(lambda n: n > 2), min_size=1, max_size=3)  # of two units LayerNorm leaves signs
+# LayerNorm of two units leaves signs, of three it can divide by next to nothing and amplify any rounding.
+widths = st.lists(sizes.filter(lambda n: n > 3), min_size=1, max_size=3)
 
 
 @settings(max_examples=25, deadline=None)
