@@ -34,7 +34,8 @@ float multiply_adds(int64_t rounds) {
 }  // namespace
 
 const GemmTable& gemm_avx512() {
-    static constexpr GemmTable table = {kPanel, multiply, pack, pack_bf16, nullptr, nullptr, kLanes, multiply_adds};
+    static constexpr GemmTable table = {kPanel, kPanel, multiply, pack, pack_bf16, panels_floats<kPanel>,
+                                        nullptr, nullptr, kLanes, multiply_adds};
     return table;
 }
 
