@@ -261,11 +261,15 @@ private:
             product.c_panel = panels_.panel_floats(l);
             multiply_on_threads(product, threads_);
             if (i == 0) return;
-            float* const weight = memory_.weight.at_least(panels_.panels(l.inputs) * width * l.outputs);
-            panels_.transpose(parameters + p.weight, l, weight);
             float* const below = memory_.hidden[i - 1]->gradient.at_least(rows * l.inputs);
-            Product down{rows, l.inputs, l.outputs, {d, l.outputs, 1}, {weight, 0, 0}, true, below, l.inputs, nullptr, nullptr};
-            down.plain_panels = true;
+            Product down{rows, l.inputs, l.outputs, {d, l.outputs, 1}, {parameters + p.weight, 0, 0}, true, below, l.inputs,
+                         nullptr, nullptr};
+            down.plain_panels = true, down.turned = &table_ != &plain_;
+            if (!down.turned) {
+                float* const weight = memory_.weight.at_least(panels_.panels(l.inputs) * width * l.outputs);
+                panels_.transpose(parameters + p.weight, l, weight);
+                down.b.data = weight;
+            }
             multiply_on_threads(down, threads_);
         }
 

@@ -25,6 +25,7 @@ struct Product {
     int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as plain_panels_table() packs B
     bool bf16 = false;      // both factors are rounded; B, if packed, is what pack_bf16() wrote; not with row sums
     bool plain_panels = false;  // B, packed, is what plain_panels_table()'s pack() wrote
+    bool turned = false;        // the same of B^T, which only AMX reads
 };
 
 constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle

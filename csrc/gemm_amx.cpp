@@ -88,24 +88,27 @@ void pack_tile(const float* in, int64_t across, int64_t along, int64_t places, i
                     : split_rows<kSplits>(copy, kRows, kLanes * kRows, out, step);
 }
 
-// Two neighbouring strips of 16 places along `depth`: per step along k and split, the tile of each. This is a panel of B,
-// or a block of A.
-template <int kSplits>
-void pack_strips(const Matrix& places_by_depth, int64_t places, int64_t depth, bool rows_are_places, float* out) {
-    const auto& [in, across, along] = places_by_depth;
-    for (int64_t k = 0; k < depth; k += kDepth, out += 2 * kSplits * kTileFloats) {
-        for (int64_t strip = 0; strip < 2; ++strip) {
-            const int64_t count = std::clamp<int64_t>(places - strip * kRows, 0, kRows);
-            const float* const from = in + (count ? strip * kRows * across : 0) + k * along;
-            pack_tile<kSplits>(from, across, along, count, std::min(depth - k, kDepth), rows_are_places,
-                               out + strip * kTileFloats, 2 * kTileFloats);
+// Two neighbouring strips of 16 places along `depth` as tiles of A, or of B: [step along k][split][strip].
+struct Strips {
+    const float* in;
+    int64_t across, along, step;  // strides of places, along k, and from one step of 32 along k to the next
+    int64_t places, depth;
+    bool rows_are_places;
+
+    template <int kSplits>
+    void pack(float* out) const {
+        const float* from = in;
+        for (int64_t k = 0; k < depth; k += kDepth, from += step, out += 2 * kSplits * kTileFloats) {
+            for (int64_t strip = 0; strip < 2; ++strip) {
+                const int64_t count = std::clamp<int64_t>(places - strip * kRows, 0, kRows);
+                pack_tile<kSplits>(from + (count ? strip * kRows * across : 0), across, along, count, std::min(depth - k, kDepth),
+                                   rows_are_places, out + strip * kTileFloats, 2 * kTileFloats);
+            }
         }
     }
-}
 
-void pack_strips(const Matrix& in, int64_t places, int64_t depth, bool rows_are_places, int64_t splits, float* out) {
-    (splits == 1 ? pack_strips<1> : pack_strips<3>)(in, places, depth, rows_are_places, out);
-}
+    void pack(int64_t splits, float* out) const { splits == 1 ? pack<1>(out) : pack<3>(out); }
+};
 
 // ---- Tiles of C -------------------------------------------------------------------------------------------------------
 
@@ -230,12 +233,13 @@ void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows,
 
 // ---- Products ---------------------------------------------------------------------------------------------------------
 
-// The order in which products go through A [m, k]: calls body(first row, rows, first k, depth, floats of A before).
+// The order in which products go through A [m, k]: calls body(first row, rows, first k, depth, floats of A before). A
+// block of few rows takes more along k; how k is cut does not change a sum.
 template <typename Body>
 void for_blocks(int64_t m, int64_t k, int64_t splits, const Body& body) {
-    const int64_t blocks = ceil_div(m, kBlockRows), height = ceil_div(ceil_div(m, blocks), kBlock) * kBlock;
-    const int64_t words = kDepth / 2 * splits;  // floats of a row in a step
-    const int64_t steps = ceil_div(k, kDepth), parts = ceil_div(steps * height * words, kBlockFloats);
+    const int64_t words = kDepth / 2 * splits, steps = ceil_div(k, kDepth);  // floats of a row in a step
+    const int64_t tallest = std::max(kBlockRows, kBlockFloats / (steps * words) / kBlock * kBlock), blocks = ceil_div(m, tallest);
+    const int64_t height = ceil_div(ceil_div(m, blocks), kBlock) * kBlock, parts = ceil_div(steps * height * words, kBlockFloats);
     const int64_t depth = ceil_div(steps, parts) * kDepth;
     int64_t before = 0;
     for (int64_t from = 0; from < k; from += depth) {
@@ -248,16 +252,13 @@ void for_blocks(int64_t m, int64_t k, int64_t splits, const Body& body) {
     }
 }
 
-Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
-    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
-}
-
-// Floats between neighbouring pairs of strips of `depth` places.
+// Floats of a pair of strips of `depth` places.
 int64_t strips_floats(int64_t depth, int64_t splits) { return ceil_div(depth, kDepth) * 2 * splits * kTileFloats; }
 
 void pack_block(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t splits, float* out) {
     for (int64_t i = 0; i < rows; i += kBlock, out += strips_floats(depth, splits)) {
-        pack_strips(part_of(a, row + i, k), std::min(rows - i, kBlock), depth, true, splits, out);
+        const float* const from = a.data + (row + i) * a.row + k * a.column;
+        Strips{from, a.row, a.column, kDepth * a.column, std::min(rows - i, kBlock), depth, true}.pack(splits, out);
     }
 }
 
@@ -275,20 +276,30 @@ void pack_rows(const Matrix& a, int64_t m, int64_t k, bool bf16, float* out) {
     });
 }
 
-// B's columns as the places of strips.
-Matrix columns_of(const Matrix& b, int64_t k, int64_t column) {
-    const Matrix part = part_of(b, k, column);
-    return {part.data, part.column, part.row};
+// A panel of B from k on, 32 columns as the places of strips.
+Strips panel_of(const Product& p, int64_t panel, int64_t k, int64_t depth) {
+    const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
+    if (p.turned) {
+        return {p.b.data + k * p.n + column * kPanel, kPanel, 1, kPanel * p.n, width, depth, false};
+    }
+    if (p.packed) {
+        const float* const from = p.b.data + (panel * p.k + k) * kPanel;
+        return {from, 1, kPanel, kDepth * kPanel, width, depth, false};
+    }
+    const float* const from = p.b.data + k * p.b.row + column * p.b.column;
+    return {from, p.b.column, p.b.row, kDepth * p.b.row, width, depth, false};
 }
 
-void pack_columns(const Matrix& b, int64_t k, int64_t n, int64_t splits, float* out) {
-    for (int64_t j = 0; j < n; j += kBlock, out += strips_floats(k, splits)) {
-        pack_strips(columns_of(b, 0, j), std::min(n - j, kBlock), k, false, splits, out);
+void pack_columns(const Matrix& b, int64_t k, int64_t n, bool bf16, float* out) {
+    Product p{1, n, k, {}, b, false, nullptr, 0, nullptr, nullptr};
+    p.bf16 = bf16;
+    for (int64_t panel = 0; panel * kPanel < n; ++panel, out += strips_floats(k, splits_of(p))) {
+        panel_of(p, panel, 0, k).pack(splits_of(p), out);
     }
 }
 
-void pack(const Matrix& b, int64_t k, int64_t n, float* out) { pack_columns(b, k, n, 3, out); }
-void pack_bf16(const Matrix& b, int64_t k, int64_t n, float* out) { pack_columns(b, k, n, 1, out); }
+void pack(const Matrix& b, int64_t k, int64_t n, float* out) { pack_columns(b, k, n, false, out); }
+void pack_bf16(const Matrix& b, int64_t k, int64_t n, float* out) { pack_columns(b, k, n, true, out); }
 
 int64_t packed_floats(int64_t k, int64_t n, bool bf16) { return ceil_div(n, kBlock) * strips_floats(k, bf16 ? 1 : 3); }
 
@@ -310,7 +321,7 @@ void sum_rows(const Product& p) {
 
 // Small products of factors that nobody packed are done before their tiles would be made.
 bool worth_tiles(const Product& p) {
-    return p.bf16 || p.a_packed || (p.packed && !p.plain_panels) || (p.m >= 16 && p.n >= 16 && p.k >= 16);
+    return p.bf16 || p.a_packed || p.turned || (p.packed && !p.plain_panels) || (p.m >= 16 && p.n >= 16 && p.k >= 16);
 }
 
 void multiply(const Product& p, int64_t first, int64_t last) {
@@ -319,24 +330,21 @@ void multiply(const Product& p, int64_t first, int64_t last) {
     const Tiles tiles;
     const int64_t splits = splits_of(p);
     const auto run = splits == 1 ? multiply_block<1> : multiply_block<3>;
+    const bool ready = p.packed && !p.plain_panels;
     if (p.row_sums && first == 0) sum_rows(p);
     for_blocks(p.m, p.k, splits, [&](int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t before) {
-        const int64_t strips = strips_floats(depth, splits);
+        const int64_t strips = strips_floats(depth, splits), steps = ceil_div(depth, kDepth);
         float* const packed = p.a_packed ? nullptr : for_a.floats(ceil_div(rows, kBlock) * strips);
         const float* const a = p.a_packed ? p.a.data + before : packed;
         if (packed) pack_block(p.a, row, rows, k, depth, splits, packed);
+        float* const strip = ready ? nullptr : for_b.floats(strips);
         for (int64_t panel = first; panel < last; ++panel) {
             const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
-            const float* b = p.b.data + panel * strips_floats(p.k, splits) + strips_floats(k, splits);
-            if (!p.packed || p.plain_panels) {
-                float* const strip = for_b.floats(strips);
-                const Matrix columns = p.packed ? Matrix{p.b.data + (panel * p.k + k) * kPanel, 1, kPanel} : columns_of(p.b, k, column);
-                pack_strips(columns, width, depth, false, splits, strip);
-                b = strip;
-            }
+            if (!ready) panel_of(p, panel, k, depth).pack(splits, strip);
+            const float* const b = ready ? p.b.data + panel * strips_floats(p.k, splits) + strips_floats(k, splits) : strip;
             float* const c = p.c + row * p.ldc + (p.c_panel ? panel * p.c_panel : column);
             for (int64_t i = 0; i < rows; i += kBlock) {
-                run(a + i / kBlock * strips, b, ceil_div(depth, kDepth), std::min(rows - i, kBlock), width, c + i * p.ldc, p.ldc,
+                run(a + i / kBlock * strips, b, steps, std::min(rows - i, kBlock), width, c + i * p.ldc, p.ldc,
                     p.bias ? p.bias + column : nullptr, k > 0);
             }
         }
