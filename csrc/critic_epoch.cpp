@@ -165,8 +165,8 @@ private:
             }
             const bool packs = table_.pack_rows != nullptr;
             const int64_t longest = rows / parts + 1;
-            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, false) : 0;
-            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, false) : 0;
+            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, tf32_) : 0;
+            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, tf32_) : 0;
             float* const packed = memory_.packed.at_least(parts * floats);
             float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
             std::vector<States> minibatches;
@@ -176,8 +176,8 @@ private:
                 if (packs) {
                     float* const forward = packed + part * floats;
                     float* const transposed = packed_transpose + part * floats_transposed;
-                    table_.pack_rows({s.plain, width, 1}, count, width, false, forward);
-                    table_.pack_rows({s.plain, 1, width}, width, count, false, transposed);
+                    table_.pack_rows({s.plain, width, 1}, count, width, tf32_, forward);
+                    table_.pack_rows({s.plain, 1, width}, width, count, tf32_, transposed);
                     s.packed = forward, s.packed_transpose = transposed;
                 }
                 minibatches.push_back(s);
@@ -199,7 +199,7 @@ private:
                 Product product{rows, l.outputs, l.inputs, i ? kept(i - 1) : states.forward(), {parameters + p.weight, 0, 0},
                                 true, pre, l.outputs, parameters + p.bias, nullptr};
                 product.a_packed = !i && states.packed;
-                product.plain_panels = true;
+                product.plain_panels = true, product.tf32 = tf32_;  // as the states were packed
                 multiply_on_threads(product, threads_);
                 mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
                                        b.rstd.at_least(rows), rows, l.outputs, plan_.norm_eps_, threads_);
@@ -258,7 +258,7 @@ private:
                 table_.pack(product.b, rows, l.outputs, panels);
                 product.b.data = panels, product.packed = true;
             }
-            product.c_panel = panels_.panel_floats(l);
+            product.c_panel = panels_.panel_floats(l), product.tf32 = tf32_;
             multiply_on_threads(product, threads_);
             if (i == 0) return;
             float* const below = memory_.hidden[i - 1]->gradient.at_least(rows * l.inputs);
@@ -279,6 +279,7 @@ private:
         const GemmTable& table_;
         const GemmTable& plain_;  // whose panels hold parameters and gradients
         const int threads_;
+        const bool tf32_ = tf32_allowed();
     };
 
     std::vector<CriticLayer> layers_;

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -42,6 +43,8 @@ const GemmTable& plain_panels_table() {
 }
 
 namespace {
+
+std::atomic<bool> allow_tf32{false};
 
 // The portable kernel is a fallback for those who ask for it: torch's libraries know more machines.
 bool fastest() { return selected_isa() != Isa::portable || isa_is_forced(); }
@@ -96,7 +99,7 @@ void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, c
         const auto vector = [&](const Vector& v) { return at(std::get<0>(v), group * std::get<1>(v)); };
         Product product{m, n, k, member(a, group), member(b, group), packed != 0, at(c_address, group * c_group), c_row,
                         vector(bias), vector(row_sums)};
-        product.bf16 = bf16;
+        product.bf16 = bf16, product.tf32 = allow_tf32.load();
         return product;
     });
 }
@@ -115,7 +118,11 @@ std::tuple<double, float> gemm_peak(int64_t rounds) {
 
 }  // namespace
 
-void multiply_on_threads(const Product& product, int threads) {
+bool tf32_allowed() { return allow_tf32.load(); }
+
+void multiply_on_threads(const Product& given, int threads) {
+    Product product = given;
+    if (!given.a_packed) product.tf32 = allow_tf32.load();
     multiply_groups(1, product.m, product.n, product.k, threads, [&](int64_t) { return product; });
 }
 
@@ -130,6 +137,8 @@ void register_gemm(py::module_& module) {
     module.def("gemm", &gemm, py::call_guard<py::gil_scoped_release>());
     register_gemm_mlp(module);
     register_gemm_rows_network(module);
+    module.def("allow_tf32", [](bool allow) { return allow_tf32.exchange(allow); },
+               "Whether float32 products may round their factors to 16 bits of mantissa; returns what was allowed before.");
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
     module.def("gemm_panel_row", [] { return gemm_table().panel_row; }, "Floats of a panel's row, as gemm_pack writes it.");

@@ -24,6 +24,7 @@ struct Product {
     bool a_packed = false;  // a.data is what the same table's pack_rows() wrote; its strides are ignored
     int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as plain_panels_table() packs B
     bool bf16 = false;      // both factors are rounded; B, if packed, is what pack_bf16() wrote; not with row sums
+    bool tf32 = false;      // 16 bits of each factor's mantissa are enough: AMX saves half of the work (TF32 has 11)
     bool plain_panels = false;  // B, packed, is what plain_panels_table()'s pack() wrote
     bool turned = false;        // the same of B^T, which only AMX reads
 };
@@ -48,16 +49,20 @@ struct GemmTable {
     int64_t (*packed_floats)(int64_t k, int64_t n, bool bf16);
 
     // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products. Null where products
-    // copy A in another order each time. Only AMX takes `bf16` ones.
-    void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, bool bf16, float* out);
-    int64_t (*packed_rows_floats)(int64_t m, int64_t k, bool bf16);
+    // copy A in another order each time. Products must be of the same precision.
+    void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, bool tf32, float* out);
+    int64_t (*packed_rows_floats)(int64_t m, int64_t k, bool tf32);
 
     // Sums that need no memory, kChains of `lanes` floats at once: what the core can do at most.
     int64_t lanes;
     float (*multiply_adds)(int64_t rounds);
 };
 
-// The product with the selected instruction set; elements do not depend on the number of threads.
+// Whether float32 products take `tf32`, as torch.backends.cuda.matmul.allow_tf32 has it for a GPU: for all threads.
+bool tf32_allowed();
+
+// The product with the selected instruction set, in `tf32` as it was given where A is packed, else as it is allowed;
+// elements do not depend on the number of threads.
 void multiply_on_threads(const Product& product, int threads);
 
 // The table of the selected instruction set.

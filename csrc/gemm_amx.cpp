@@ -24,7 +24,9 @@ constexpr int64_t kBlockFloats = 1 << 18;  // of a block of A: half of the secon
 
 static_assert(kPanel == kBlock, "plain panels of B and C are AVX-512's");
 
-constexpr int64_t splits_of(const Product& p) { return p.bf16 ? 1 : 3; }
+// Parts of a factor that count; what pack() wrote has all three.
+constexpr int64_t splits_of(const Product& p) { return p.bf16 ? 1 : p.tf32 ? 2 : 3; }
+constexpr int64_t splits_of(bool tf32) { return tf32 ? 2 : 3; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Floats to words of bfloat16 --------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ struct Strips {
         }
     }
 
-    void pack(int64_t splits, float* out) const { splits == 1 ? pack<1>(out) : pack<3>(out); }
+    void pack(int64_t splits, float* out) const { splits == 1 ? pack<1>(out) : splits == 2 ? pack<2>(out) : pack<3>(out); }
 };
 
 // ---- Tiles of C -------------------------------------------------------------------------------------------------------
@@ -151,12 +153,12 @@ struct Fetch {
 // A tile is stored some 850 cycles late where more than 130 products of tiles were begun since the last one was: of 512
 // places along k, a tenth of the time. Storing one to nowhere now and then costs nothing (Emerald Rapids).
 template <int kSplits>
-constexpr int64_t kStepsToStore = kSplits == 1 ? 16 : 2;
+constexpr int64_t kStepsToStore = kSplits == 1 ? 16 : kSplits == 2 ? 4 : 2;
 
-// C's four tiles += A's two strips times B's. Of 2 kSplits products the smallest come first, in an order that loads as
-// few tiles again as there can be.
+// C's four tiles += A's two strips times B's, whose steps lie `b_step` floats apart. Of six products or three the smallest
+// come first, in an order that loads as few tiles again as there can be.
 template <int kSplits>
-void multiply_tiles(const float* a, const float* b, int64_t steps, bool two_rows, bool two_columns, const Place* c,
+void multiply_tiles(const float* a, const float* b, int64_t b_step, int64_t steps, bool two_rows, bool two_columns, const Place* c,
                     Fetch& fetch) {
     constexpr int kBytes = 4;
     const auto load = [](const Place& p) { return std::make_pair(p.from, p.from_row * kBytes); };
@@ -183,7 +185,7 @@ void multiply_tiles(const float* a, const float* b, int64_t steps, bool two_rows
             if constexpr (rows()) _tile_dpbf16ps(2, 5, 6);
             if constexpr (rows() && columns()) _tile_dpbf16ps(3, 5, 7);
         };
-        for (int64_t k = 0; k < steps; ++k, a += 2 * kSplits * kTileFloats, b += 2 * kSplits * kTileFloats) {
+        for (int64_t k = 0; k < steps; ++k, a += 2 * kSplits * kTileFloats, b += b_step) {
             if (k % kStepsToStore<kSplits> == kStepsToStore<kSplits> - 1) _tile_stored(0, nowhere, 64);
             fetch.some();
             load_a(0);
@@ -194,6 +196,10 @@ void multiply_tiles(const float* a, const float* b, int64_t steps, bool two_rows
                 load_b(0), products();
                 load_a(2), products();
                 load_a(0), products();
+            } else if constexpr (kSplits == 2) {
+                load_b(1), products();
+                load_b(0), products();
+                load_a(1), products();
             } else {
                 load_b(0), products();
             }
@@ -212,7 +218,7 @@ void multiply_tiles(const float* a, const float* b, int64_t steps, bool two_rows
 
 // Up to 32 rows and columns of C += their blocks of A and B, or = with the bias. Tiles that reach beyond go over a copy.
 template <int kSplits>
-void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows, int64_t columns, float* c, int64_t ldc,
+void multiply_block(const float* a, const float* b, int64_t b_step, int64_t steps, int64_t rows, int64_t columns, float* c, int64_t ldc,
                     const float* bias, bool accumulate, Fetch& fetch) {
     alignas(64) float copies[4][kTileFloats], start[kBlock];
     if (!accumulate) {
@@ -239,7 +245,7 @@ void multiply_block(const float* a, const float* b, int64_t steps, int64_t rows,
             part(t, [](float* copy, const float* at, __mmask16 mask) { _mm512_store_ps(copy, _mm512_maskz_loadu_ps(mask, at)); });
         }
     }
-    multiply_tiles<kSplits>(a, b, steps, two_rows, two_columns, places, fetch);
+    multiply_tiles<kSplits>(a, b, b_step, steps, two_rows, two_columns, places, fetch);
     for (int t = 0; t < 4; ++t) {
         if ((t / 2 && !two_rows) || (t % 2 && !two_columns) || whole(t)) continue;
         part(t, [](const float* copy, float* at, __mmask16 mask) { _mm512_mask_storeu_ps(at, mask, _mm512_load_ps(copy)); });
@@ -277,17 +283,17 @@ void pack_block(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t d
     }
 }
 
-int64_t packed_rows_floats(int64_t m, int64_t k, bool bf16) {
+int64_t packed_rows_floats(int64_t m, int64_t k, bool tf32) {
     int64_t count = 0;
-    for_blocks(m, k, bf16 ? 1 : 3, [&](int64_t, int64_t rows, int64_t, int64_t depth, int64_t) {
-        count += ceil_div(rows, kBlock) * strips_floats(depth, bf16 ? 1 : 3);
+    for_blocks(m, k, splits_of(tf32), [&](int64_t, int64_t rows, int64_t, int64_t depth, int64_t) {
+        count += ceil_div(rows, kBlock) * strips_floats(depth, splits_of(tf32));
     });
     return count;
 }
 
-void pack_rows(const Matrix& a, int64_t m, int64_t k, bool bf16, float* out) {
-    for_blocks(m, k, bf16 ? 1 : 3, [&](int64_t row, int64_t rows, int64_t from, int64_t depth, int64_t before) {
-        pack_block(a, row, rows, from, depth, bf16 ? 1 : 3, out + before);
+void pack_rows(const Matrix& a, int64_t m, int64_t k, bool tf32, float* out) {
+    for_blocks(m, k, splits_of(tf32), [&](int64_t row, int64_t rows, int64_t from, int64_t depth, int64_t before) {
+        pack_block(a, row, rows, from, depth, splits_of(tf32), out + before);
     });
 }
 
@@ -344,8 +350,9 @@ void multiply(const Product& p, int64_t first, int64_t last) {
     thread_local Scratch for_a, for_b;
     const Tiles tiles;
     const int64_t splits = splits_of(p);
-    const auto run = splits == 1 ? multiply_block<1> : multiply_block<3>;
+    const auto run = splits == 1 ? multiply_block<1> : splits == 2 ? multiply_block<2> : multiply_block<3>;
     const bool ready = p.packed && !p.plain_panels;
+    const int64_t b_splits = ready && !p.bf16 ? 3 : splits, b_step = strips_floats(kDepth, b_splits);
     if (p.row_sums && first == 0) sum_rows(p);
     for_blocks(p.m, p.k, splits, [&](int64_t row, int64_t rows, int64_t k, int64_t depth, int64_t before) {
         const int64_t strips = strips_floats(depth, splits), steps = ceil_div(depth, kDepth);
@@ -356,16 +363,16 @@ void multiply(const Product& p, int64_t first, int64_t last) {
         for (int64_t panel = first; panel < last; ++panel) {
             const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
             if (!ready) panel_of(p, panel, k, depth).pack(splits, strip);
-            const float* const b = ready ? p.b.data + panel * strips_floats(p.k, splits) + strips_floats(k, splits) : strip;
+            const float* const b = ready ? p.b.data + panel * strips_floats(p.k, b_splits) + strips_floats(k, b_splits) : strip;
             Fetch fetch;
             if (p.packed && !p.turned && panel + 1 < last) {
-                fetch.from = ready ? b + strips_floats(p.k, splits) : p.b.data + ((panel + 1) * p.k + k) * kPanel;
-                fetch.lines = ceil_div((ready ? strips : depth * kPanel) / kLanes, steps * ceil_div(rows, kBlock));
+                fetch.from = ready ? b + strips_floats(p.k, b_splits) : p.b.data + ((panel + 1) * p.k + k) * kPanel;
+                fetch.lines = ceil_div((ready ? steps * b_step : depth * kPanel) / kLanes, steps * ceil_div(rows, kBlock));
                 if (fetch.lines > kMostLines) fetch.lines = 0;
             }
             float* const c = p.c + row * p.ldc + (p.c_panel ? panel * p.c_panel : column);
             for (int64_t i = 0; i < rows; i += kBlock) {
-                run(a + i / kBlock * strips, b, steps, std::min(rows - i, kBlock), width, c + i * p.ldc, p.ldc,
+                run(a + i / kBlock * strips, b, b_step, steps, std::min(rows - i, kBlock), width, c + i * p.ldc, p.ldc,
                     p.bias ? p.bias + column : nullptr, k > 0, fetch);
             }
         }
