@@ -33,6 +33,7 @@ RolloutScheduler::RolloutScheduler(std::vector<Source> sources, const BatchShape
     : sources_(std::move(sources)),
       shape_(shape),
       gather_(selected_gather()),
+      random_(selected_random()),
       window_bytes_(bytes_per_window(shape)),
       small_(shape.capacity * shape.batch * window_bytes_ < kWorthWaking),
       piece_windows_(std::max<int64_t>(1, shape.piece_bytes / std::max<int64_t>(1, window_bytes_))),
@@ -184,7 +185,7 @@ Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
             result.rows = slot.rows;
             slot.held = true;
             pending_.pop_front();
-            consumed_.take();
+            consumed_.skip();
         }
     }
     return result;
@@ -369,18 +370,20 @@ RolloutScheduler::Found RolloutScheduler::shortened(const Slot& slot, int64_t be
 void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
     const int64_t B = shape_.batch, H = shape_.horizon;
     const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    RandomPairs pairs;
     for (int64_t n = begin; n < end;) {
-        const int64_t p = n / B;
+        const int64_t p = n / B, b = n % B, count = std::min({B - b, end - n, pairs.kMost});
         const Policy& policy = slot.rows[p];
         const Columns& columns = sources_[policy.source].columns;
         const int64_t last = columns.rows - H - 1;
-        for (int64_t b = n % B; b < B && n < end; ++b, ++n, ++rows) {
-            const Draw::Drawn drawn = (*policy.draw)(random_pair(
-                policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
+        random_(policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b), count, pairs);
+        for (int64_t i = 0; i < count; ++i, ++rows) {
+            const Draw::Drawn drawn = (*policy.draw)(pairs[i]);
             *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
             prefetch_numbers(columns, *rows, H);
-            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, policy, drawn, *rows);
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, policy, drawn, *rows);
         }
+        n += count;
     }
 }
 

@@ -136,6 +136,7 @@ private:
     const std::vector<Source> sources_;
     const BatchShape shape_;
     const Gather gather_;
+    const Random random_;
     const int64_t window_bytes_;
     const bool small_;  // a batch takes about as long as to wake a thread
     const int64_t piece_windows_;
