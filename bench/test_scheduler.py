@@ -4,7 +4,9 @@
     PWM_FAST_BENCH_LARGE=/path pytest bench/test_scheduler.py -s   # and 4 GB, dropped from it (written to that folder)
 
 Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing, "torch drawing" finds them;
-none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads.
+none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads. "copy"
+writes one buffer over and over, which stays in the core's cache where it is not too large for it; "into a ring" writes
+as many buffers in turn as the scheduler has slots.
 Everything in turn, the fastest of each; cold reads are timed by the clock, because they wait.
 """
 
@@ -37,7 +39,7 @@ OBS, ACTION, LENGTH = 76, 21, 1000
 ROW_BYTES = 4 * (OBS + ACTION + 1 + 1) + 1
 BATCH = 64  # start states of a policy
 LARGE = "PWM_FAST_BENCH_LARGE"
-DRAWN = 64  # steps whose rows are given to numpy and torch: with few, they would come from the cache
+DRAWN = 64, 2**25  # steps whose rows are given to numpy and torch, their bytes: fewer would come from the cache
 SHAPES = [  # policies, windows of each, horizon (None: start states)
     pytest.param(1, 256, 16, id="windows-1x256"),
     pytest.param(8, 64, 16, id="windows-8x64"),
@@ -83,12 +85,16 @@ class Case:
         self.scheduler = RolloutScheduler(store, batch, horizon, policies, threads=threads, backend="native")
         for policy in range(policies):
             self.scheduler.admit(policy, seed=policy)
-        self.drawn = [self.rows(step) for step in range(DRAWN)]
+        self.bytes = sum(x[0].nbytes for x in self.scheduler.ring.values())
+        self.draw_from(0)
         draw = self.sampler.window_draw if horizon else self.sampler.start_draw
         self.cumulative, self.first_row = torch.from_numpy(draw.cumulative), torch.from_numpy(draw.first_row)
         self.policies, self.total = policies, draw.total
-        self.bytes = sum(x[0].nbytes for x in self.scheduler.ring.values())
         self.windows = policies * batch
+
+    def draw_from(self, step: int) -> None:
+        """Draws the rows that numpy and torch are given."""
+        self.drawn = [self.rows(step + i) for i in range(max(DRAWN[0], DRAWN[1] // self.bytes))]
 
     def rows(self, step: int) -> dict[str, Any]:
         """Indices [P, H+1, B] of a step."""
@@ -101,12 +107,12 @@ class Case:
         return {"numpy": parts, "torch": {name: torch.from_numpy(part) for name, part in parts.items()}, "first": first}
 
     def numpy(self, step: int) -> dict[str, np.ndarray]:
-        drawn = self.drawn[step % DRAWN]
+        drawn = self.drawn[step % len(self.drawn)]
         out = {name: column[drawn["numpy"][name]] for name, column in self.columns.items()}
         return out | ({"task": self.store.task[drawn["first"]]} if self.horizon else {})
 
     def torch(self, step: int) -> dict[str, torch.Tensor]:
-        index = self.drawn[step % DRAWN]["torch"]
+        index = self.drawn[step % len(self.drawn)]["torch"]
         return {name: column[index[name]] for name, column in self.tensors.items()}
 
     def torch_drawing(self, step: int) -> dict[str, torch.Tensor]:
@@ -133,15 +139,15 @@ class Case:
                 np.testing.assert_array_equal(column.numpy(), plain[name])
 
 
-def copying(case: Case) -> Callable[[int], None]:
-    """Copies as many bytes as a batch has, from the store's observations in order to one buffer."""
+def copying(case: Case, slots: int) -> Callable[[int], None]:
+    """Copies as many bytes as a batch has, from the store's observations in order to one of `slots` buffers in turn."""
     source = np.asarray(case.store.obs).reshape(-1).view(np.uint8)
-    buffer = np.empty(case.bytes, np.uint8)
+    buffers = np.empty((slots, case.bytes), np.uint8)
     pieces = max(1, len(source) // case.bytes)
 
     def copy(step: int) -> None:
         first = step % pieces * case.bytes
-        np.copyto(buffer[: len(source) - first], source[first : first + case.bytes])
+        np.copyto(buffers[step % slots, : len(source) - first], source[first : first + case.bytes])
 
     return copy
 
@@ -152,7 +158,7 @@ def fastest(case: Case, rounds: int = 40) -> dict[str, float]:
     A round of the scheduler begins and ends with a full ring, so that it pays for as many batches as it takes.
     """
     calls = {"native": case.native, "numpy": case.numpy, "torch": case.torch, "torch drawing": case.torch_drawing}
-    calls["copy"] = copying(case)
+    calls["copy"], calls["ring copy"] = copying(case, 1), copying(case, case.scheduler.prefetch + 1)
     best, step = dict.fromkeys(calls, float("inf")), 0
     repeats = max(4, int(3e-3 * 8e9 / case.bytes))
     for _ in range(rounds):
@@ -184,6 +190,7 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
         f"   numpy / native {best['numpy'] / native:5.2f}   torch / native {best['torch'] / native:5.2f}"
         + (f" (drawing {best['torch drawing'] / native:5.2f})" if "torch drawing" in best else "")
         + f"   copy / native {best['copy'] / native:5.2f} (copy {case.bytes / best['copy'] / 1e9:.2f} GB/s)"
+        + (f", into a ring {best['ring copy'] / native:5.2f}" if "ring copy" in best else "")
     )
 
 
@@ -282,7 +289,7 @@ def test_cold(benchmark: Any, threads: int) -> None:
     case, best, steps = Case(store, 1, 256, 16, threads), {}, 4
     with case.scheduler:
         case.check()
-        case.drawn = [case.rows(1000 + step) for step in range(DRAWN)]
+        case.draw_from(1000)
         source = np.asarray(store.obs).reshape(-1).view(np.uint8)[: steps * case.bytes]
         for round_ in range(3):
             calls: dict[str, Callable[[int], Any]] = {
