@@ -331,15 +331,27 @@ void RolloutScheduler::work() {
 }
 
 RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) const {
-    const int64_t B = shape_.batch, H = shape_.horizon;
     const int64_t end =
-        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
-    Found found = shortened(slot, piece * piece_windows_, end);
+        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * shape_.batch);
+    const int64_t begin = piece * piece_windows_;
+    const Found found = shortened(slot, begin, end);
     if (found.fault) return found;
+    const PageFaults before = PageFaults::of_this_thread();
+    Found result = gathered(slot, begin, end, absent_.load(std::memory_order_relaxed));
+    const PageFaults after = PageFaults::of_this_thread();
+    // What was asked for in time is only mapped when it is met. A few such pages are not worth five calls a window.
+    absent_.store(after.read > before.read || 4 * (after.mapped - before.mapped) > end - begin,
+                  std::memory_order_relaxed);
+    return result;
+}
+
+RolloutScheduler::Found RolloutScheduler::gathered(const Slot& slot, int64_t begin, int64_t end, bool absent) const {
+    const int64_t B = shape_.batch, H = shape_.horizon;
+    Found found;
     std::array<int64_t, kDrawn> rows;
-    for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
+    for (int64_t drawn; begin < end; begin = drawn) {
         drawn = std::min(begin + kDrawn, end);
-        draw_rows(slot, begin, drawn, rows.data());
+        draw_rows(slot, begin, drawn, absent, rows.data());
         for (int64_t n = begin, stop, same = begin; n < drawn; n = stop) {
             const int64_t p = n / B, source = slot.rows[p].source, *const first = rows.data() + n - begin;
             const Columns& columns = sources_[source].columns;
@@ -367,7 +379,7 @@ RolloutScheduler::Found RolloutScheduler::shortened(const Slot& slot, int64_t be
 }
 
 // The first rows of windows begin to end of a batch, policy after policy; of partial ones, also where they are valid.
-void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
+void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, bool absent, int64_t* rows) const {
     const int64_t B = shape_.batch, H = shape_.horizon;
     const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
     RandomPairs pairs;
@@ -380,6 +392,7 @@ void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, i
         for (int64_t i = 0; i < count; ++i, ++rows) {
             const Draw::Drawn drawn = (*policy.draw)(pairs[i]);
             *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            if (absent) ask_for_window(columns, *rows, H);
             prefetch_numbers(columns, *rows, H);
             if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, policy, drawn, *rows);
         }
