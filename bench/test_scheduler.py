@@ -201,17 +201,18 @@ def test_cached(
 ) -> None:
     """Goals: 5 times torch, 0.6 of a copy. Of two cores with AVX-512, 2 MB of L2 each and the store in their L3,
     shared with others: windows 1.9 to 3.4 times torch with rows given, 2.1 to 4.1 with drawing, and 0.54 to 0.71 of a
-    copy to one buffer, 0.67 to 0.81 of one into a ring. Start states of one policy 2.6 to 2.9 and 5.8 to 6.7 times, 0.30
-    to 0.35 of a copy; of 80 policies 3.3 to 3.6 and 4.3 to 4.9 times, 0.44 to 0.49 of a copy.
+    copy to one buffer, 0.67 to 0.81 of one into a ring. Start states of one policy 2.6 to 2.9 and 5.8 to 6.7 times,
+    0.30 to 0.35 of a copy; of 80 policies 3.3 to 3.6 and 4.3 to 4.9 times, 0.44 to 0.49 of a copy.
 
     Windows cannot be 5 times as fast as torch there: of 1 x 256, a copy of as many bytes in order into a ring of that
-    size took 124 to 132 us and the gather alone 141 to 155, where a fifth of torch's time is 96. Reading alone took 72 to
-    88; to ask for the ring's lines, even without writing them, made it 145. The gather by eight or sixteen numbers,
-    aligned stores, lines asked for before they are written and windows put together in other groups changed less than
-    5%; non-temporal stores took 1.4 to 2.5 times as long; other pieces, one slot less and huge pages for the ring
-    changed nothing. Start states of 80 policies: reading alone took 108 to 118 us, the gather alone 155 to 175, a fifth
-    of torch's time is 172; the draws add 20 us (80 before many were made at once) and the Python around a batch, which
-    has lost the caches to the batch before, some 30. Of one policy, Python and the locks take 2 of 6 us.
+    size took 124 to 132 us and the gather alone 141 to 169, where a fifth of torch's time is 96. Reading alone took
+    72 to 88; to ask for the ring's lines, even without writing them, made it 145. The gather by eight or sixteen
+    numbers, aligned stores, lines asked for before they are written and windows put together in other groups changed
+    less than 5%; non-temporal stores took 1.4 to 2.5 times as long; other pieces, one slot less and huge pages for
+    the ring changed nothing. Start states of 80 policies: reading alone took 108 to 118 us, the gather alone 155 to
+    175, a fifth of torch's time is 172; the draws add 20 us (66 before many were made at once) and the Python around
+    a batch, which has lost the caches to the batch before, some 30. Of one policy, Python and the locks take 2 of 6
+    us.
 
     On 2 idle Zen 3 cores with AVX2, before draws were made many at once: windows 2.0 to 3.0 times torch with rows
     given, 2.2 to 3.5 with drawing, and 0.30 to 0.42 of a copy; start states of one policy 1.0 to 1.4 and 5 to 7 times
@@ -299,9 +300,9 @@ def forget(store: EpisodeStore) -> None:
 def test_cold(benchmark: Any, threads: int) -> None:
     """256 windows of 16 transitions, the first reads of a store that is on the disk only; seconds by the clock.
 
-    The scheduler asks for all windows of a piece before it reads the first: 44 to 57 times as fast as numpy and torch,
-    whose every fault reads the megabytes around it (8 MB there). Without asking it was 0.94 to 1.09 times as fast. A copy
-    in order reads 6 to 8 times as many bytes a second: what is read at random comes in single pages."""
+    The scheduler asks for all windows of a piece before it reads the first: 44 to 57 times as fast as numpy and
+    torch, whose every fault reads the megabytes around it (8 MB there). Without asking it was 0.94 to 1.09 times as
+    fast. A copy in order reads 6 to 8 times as many bytes a second: what is read at random comes in single pages."""
     path = Path(os.environ[LARGE]) / "pwm_fast-bench-store"
     store = EpisodeStore.open(path) if path.exists() else write_store(path, 4e9)
     case, best, steps = Case(store, 1, 256, 16, threads), {}, 4
