@@ -4,7 +4,9 @@
     PWM_FAST_BENCH_LARGE=/path pytest bench/test_scheduler.py -s   # and 4 GB, dropped from it (written to that folder)
 
 Episodes have the humanoid's shape. numpy and torch are given the drawn rows for nothing, "torch drawing" finds them;
-none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads.
+none of them looks for NaN. The scheduler draws and looks, and its CPU seconds are those of all its threads. "copy"
+writes one buffer over and over, which stays in the core's cache where it is not too large for it; "into a ring" writes
+as many buffers in turn as the scheduler has slots.
 Everything in turn, the fastest of each; cold reads are timed by the clock, because they wait.
 """
 
@@ -37,7 +39,7 @@ OBS, ACTION, LENGTH = 76, 21, 1000
 ROW_BYTES = 4 * (OBS + ACTION + 1 + 1) + 1
 BATCH = 64  # start states of a policy
 LARGE = "PWM_FAST_BENCH_LARGE"
-DRAWN = 64  # steps whose rows are given to numpy and torch: with few, they would come from the cache
+DRAWN = 64, 2**25  # steps whose rows are given to numpy and torch, their bytes: fewer would come from the cache
 SHAPES = [  # policies, windows of each, horizon (None: start states)
     pytest.param(1, 256, 16, id="windows-1x256"),
     pytest.param(8, 64, 16, id="windows-8x64"),
@@ -83,12 +85,16 @@ class Case:
         self.scheduler = RolloutScheduler(store, batch, horizon, policies, threads=threads, backend="native")
         for policy in range(policies):
             self.scheduler.admit(policy, seed=policy)
-        self.drawn = [self.rows(step) for step in range(DRAWN)]
+        self.bytes = sum(x[0].nbytes for x in self.scheduler.ring.values())
+        self.draw_from(0)
         draw = self.sampler.window_draw if horizon else self.sampler.start_draw
         self.cumulative, self.first_row = torch.from_numpy(draw.cumulative), torch.from_numpy(draw.first_row)
         self.policies, self.total = policies, draw.total
-        self.bytes = sum(x[0].nbytes for x in self.scheduler.ring.values())
         self.windows = policies * batch
+
+    def draw_from(self, step: int) -> None:
+        """Draws the rows that numpy and torch are given."""
+        self.drawn = [self.rows(step + i) for i in range(max(DRAWN[0], DRAWN[1] // self.bytes))]
 
     def rows(self, step: int) -> dict[str, Any]:
         """Indices [P, H+1, B] of a step."""
@@ -101,12 +107,12 @@ class Case:
         return {"numpy": parts, "torch": {name: torch.from_numpy(part) for name, part in parts.items()}, "first": first}
 
     def numpy(self, step: int) -> dict[str, np.ndarray]:
-        drawn = self.drawn[step % DRAWN]
+        drawn = self.drawn[step % len(self.drawn)]
         out = {name: column[drawn["numpy"][name]] for name, column in self.columns.items()}
         return out | ({"task": self.store.task[drawn["first"]]} if self.horizon else {})
 
     def torch(self, step: int) -> dict[str, torch.Tensor]:
-        index = self.drawn[step % DRAWN]["torch"]
+        index = self.drawn[step % len(self.drawn)]["torch"]
         return {name: column[index[name]] for name, column in self.tensors.items()}
 
     def torch_drawing(self, step: int) -> dict[str, torch.Tensor]:
@@ -133,15 +139,15 @@ class Case:
                 np.testing.assert_array_equal(column.numpy(), plain[name])
 
 
-def copying(case: Case) -> Callable[[int], None]:
-    """Copies as many bytes as a batch has, from the store's observations in order to one buffer."""
+def copying(case: Case, slots: int) -> Callable[[int], None]:
+    """Copies as many bytes as a batch has, from the store's observations in order to one of `slots` buffers in turn."""
     source = np.asarray(case.store.obs).reshape(-1).view(np.uint8)
-    buffer = np.empty(case.bytes, np.uint8)
+    buffers = np.empty((slots, case.bytes), np.uint8)
     pieces = max(1, len(source) // case.bytes)
 
     def copy(step: int) -> None:
         first = step % pieces * case.bytes
-        np.copyto(buffer[: len(source) - first], source[first : first + case.bytes])
+        np.copyto(buffers[step % slots, : len(source) - first], source[first : first + case.bytes])
 
     return copy
 
@@ -152,7 +158,7 @@ def fastest(case: Case, rounds: int = 40) -> dict[str, float]:
     A round of the scheduler begins and ends with a full ring, so that it pays for as many batches as it takes.
     """
     calls = {"native": case.native, "numpy": case.numpy, "torch": case.torch, "torch drawing": case.torch_drawing}
-    calls["copy"] = copying(case)
+    calls["copy"], calls["ring copy"] = copying(case, 1), copying(case, case.scheduler.prefetch + 1)
     best, step = dict.fromkeys(calls, float("inf")), 0
     repeats = max(4, int(3e-3 * 8e9 / case.bytes))
     for _ in range(rounds):
@@ -184,6 +190,7 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
         f"   numpy / native {best['numpy'] / native:5.2f}   torch / native {best['torch'] / native:5.2f}"
         + (f" (drawing {best['torch drawing'] / native:5.2f})" if "torch drawing" in best else "")
         + f"   copy / native {best['copy'] / native:5.2f} (copy {case.bytes / best['copy'] / 1e9:.2f} GB/s)"
+        + (f", into a ring {best['ring copy'] / native:5.2f}" if "ring copy" in best else "")
     )
 
 
@@ -192,11 +199,26 @@ def report(benchmark: Any, case: Case, title: str, best: dict[str, float]) -> No
 def test_cached(
     benchmark: Any, store: EpisodeStore, policies: int, batch: int, horizon: int | None, threads: int
 ) -> None:
-    """Goals: 5 times torch, 0.6 of a copy. Not reached on 2 idle Zen 3 cores: windows 2.0 to 3.0 times
-    torch with rows given, 2.2 to 3.5 with drawing, and 0.30 to 0.42 of a copy; start states of one policy 1.0 to 1.4
-    and 5 to 7 times, of 80 policies 2.0 to 2.6 and 3.0 to 3.4 times, 0.17 to 0.23 of a copy. The same gather of
-    windows called in a loop, without workers, reached 0.44 to 0.55: observations take a half of its time, actions a
-    quarter, rewards and ends a tenth, draws 3%. One that only reads, window after window, reached 0.6 of a copy.
+    """Goals: 5 times torch, 0.6 of a copy. Of two cores with AVX-512, 2 MB of L2 each and the store in their L3,
+    shared with others: windows 1.9 to 3.4 times torch with rows given, 2.1 to 4.1 with drawing, and 0.54 to 0.71 of a
+    copy to one buffer, 0.67 to 0.81 of one into a ring. Start states of one policy 2.6 to 2.9 and 5.8 to 6.7 times,
+    0.30 to 0.35 of a copy; of 80 policies 3.3 to 3.6 and 4.3 to 4.9 times, 0.44 to 0.49 of a copy.
+
+    Windows cannot be 5 times as fast as torch there: of 1 x 256, a copy of as many bytes in order into a ring of that
+    size took 124 to 132 us and the gather alone 141 to 169, where a fifth of torch's time is 96. Reading alone took
+    72 to 88; to ask for the ring's lines, even without writing them, made it 145. The gather by eight or sixteen
+    numbers, aligned stores, lines asked for before they are written and windows put together in other groups changed
+    less than 5%; non-temporal stores took 1.4 to 2.5 times as long; other pieces, one slot less and huge pages for
+    the ring changed nothing. Start states of 80 policies: reading alone took 108 to 118 us, the gather alone 155 to
+    175, a fifth of torch's time is 172; the draws add 20 us (66 before many were made at once) and the Python around
+    a batch, which has lost the caches to the batch before, some 30. Of one policy, Python and the locks take 2 of 6
+    us.
+
+    On 2 idle Zen 3 cores with AVX2, before draws were made many at once: windows 2.0 to 3.0 times torch with rows
+    given, 2.2 to 3.5 with drawing, and 0.30 to 0.42 of a copy; start states of one policy 1.0 to 1.4 and 5 to 7 times
+    (torch's rows still fit the cache), of 80 policies 2.0 to 2.6 and 3.0 to 3.4 times, 0.17 to 0.23 of a copy. The same
+    gather of windows called in a loop, without workers, reached 0.44 to 0.55: observations take a half of its time,
+    actions a quarter, rewards and ends a tenth, draws 3%. One that only reads, window after window, reached 0.6.
 
     The memory binds, not the loop: the same gather reached 0.46 to 0.48 of a copy where another had just used the
     caches, and 0.58 to 0.64 where the ring was still in them; a copy's one buffer always is. Twice as many numbers per
@@ -276,13 +298,17 @@ def forget(store: EpisodeStore) -> None:
 @pytest.mark.skipif(not os.environ.get(LARGE), reason=f"writes 4 GB; set {LARGE} to a folder with that much room")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_cold(benchmark: Any, threads: int) -> None:
-    """256 windows of 16 transitions, the first reads of a store that is on the disk only; seconds by the clock."""
+    """256 windows of 16 transitions, the first reads of a store that is on the disk only; seconds by the clock.
+
+    The scheduler asks for all windows of a piece before it reads the first: 44 to 57 times as fast as numpy and
+    torch, whose every fault reads the megabytes around it (8 MB there). Without asking it was 0.94 to 1.09 times as
+    fast. A copy in order reads 6 to 8 times as many bytes a second: what is read at random comes in single pages."""
     path = Path(os.environ[LARGE]) / "pwm_fast-bench-store"
     store = EpisodeStore.open(path) if path.exists() else write_store(path, 4e9)
     case, best, steps = Case(store, 1, 256, 16, threads), {}, 4
     with case.scheduler:
         case.check()
-        case.drawn = [case.rows(1000 + step) for step in range(DRAWN)]
+        case.draw_from(1000)
         source = np.asarray(store.obs).reshape(-1).view(np.uint8)[: steps * case.bytes]
         for round_ in range(3):
             calls: dict[str, Callable[[int], Any]] = {

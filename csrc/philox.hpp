@@ -30,6 +30,14 @@ inline RandomPair random_pair(uint64_t seed, uint32_t stream, uint64_t step, uin
     return {words[0] | (uint64_t{words[1]} << 32), words[2] | (uint64_t{words[3]} << 32)};
 }
 
+// Pairs of consecutive indices.
+struct RandomPairs {
+    static constexpr int64_t kMost = 64;
+    uint64_t first[kMost], second[kMost];
+
+    RandomPair operator[](int64_t i) const { return {first[i], second[i]}; }
+};
+
 // A number in [0, limit): the high half of the 128-bit product. Its bias is below limit / 2^64. In 32-bit halves, as in
 // the numpy definition, where there is no 128-bit integer.
 inline uint64_t scale_to(uint64_t bits, uint64_t limit) {

@@ -85,9 +85,14 @@ void draw_rows(uint64_t seed, uint32_t stream, uint64_t step, const pwm_fast::Dr
     require(rows.ndim() == 1, "rows must be [B]");
     int64_t* out = rows.mutable_data();
     const int64_t count = rows.size();
+    const pwm_fast::Random random = pwm_fast::selected_random();
     py::gil_scoped_release release;
-    for (int64_t i = 0; i < count; ++i)
-        out[i] = draw(pwm_fast::random_pair(seed, stream, step, static_cast<uint32_t>(i))).row;
+    pwm_fast::RandomPairs pairs;
+    for (int64_t begin = 0; begin < count; begin += pairs.kMost) {
+        const int64_t some = std::min(pairs.kMost, count - begin);
+        random(seed, stream, step, static_cast<uint32_t>(begin), some, pairs);
+        for (int64_t i = 0; i < some; ++i) out[begin + i] = draw(pairs[i]).row;
+    }
 }
 
 // Windows begin to end of B.

@@ -40,19 +40,39 @@ struct WindowBatch {
 using Gather = bool (*)(const Columns& from, const int64_t* rows, int64_t count, int64_t known, int64_t horizon,
                         int64_t b, int64_t B, const WindowBatch& to);
 
+// random_pair of the indices from `index` on, `count` <= RandomPairs::kMost of them; what follows in `pairs` may change.
+using Random = void (*)(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index, int64_t count,
+                        RandomPairs& pairs);
+
 bool gather_windows_portable(const Columns& from, const int64_t* rows, int64_t count, int64_t known, int64_t horizon,
                              int64_t b, int64_t B, const WindowBatch& to);
+void random_pairs_portable(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index, int64_t count,
+                           RandomPairs& pairs);
 #ifdef PWM_FAST_X86
 bool gather_windows_avx2(const Columns& from, const int64_t* rows, int64_t count, int64_t known, int64_t horizon,
                          int64_t b, int64_t B, const WindowBatch& to);
+void random_pairs_avx2(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index, int64_t count,
+                       RandomPairs& pairs);
+bool gather_windows_avx512(const Columns& from, const int64_t* rows, int64_t count, int64_t known, int64_t horizon,
+                           int64_t b, int64_t B, const WindowBatch& to);
+void random_pairs_avx512(uint64_t seed, uint32_t stream, uint64_t step, uint32_t index, int64_t count,
+                         RandomPairs& pairs);
 #endif
 
-// Throws as selected_isa() does.
+// These throw as selected_isa() does.
 inline Gather selected_gather() {
 #ifdef PWM_FAST_X86
-    if (selected_isa() != Isa::portable) return gather_windows_avx2;
+    if (selected_isa() >= Isa::avx512) return gather_windows_avx512;
+    if (selected_isa() >= Isa::avx2) return gather_windows_avx2;
 #endif
     return gather_windows_portable;
+}
+inline Random selected_random() {
+#ifdef PWM_FAST_X86
+    if (selected_isa() >= Isa::avx512) return random_pairs_avx512;
+    if (selected_isa() >= Isa::avx2) return random_pairs_avx2;
+#endif
+    return random_pairs_portable;
 }
 
 // Asks for the lines of a window's short columns, each of which costs a wait and little room. What is longer comes

@@ -62,16 +62,19 @@ private:
 // its way. With more of them the processor's own prefetching loses track (bench/test_scheduler.py).
 constexpr int64_t kSideBySide = 8;
 
+// How far behind the start states go that are on their way: each is a row of its own, of few lines.
+constexpr int64_t kRowsAhead = 16;
+
 // One column of `length` rows of each window, `width` numbers each, to [length, B, to_width].
 PWM_FAST_INLINE void gather_column(const float* from, int64_t width, int64_t length, const int64_t* rows, int64_t count,
                                    int64_t known, int64_t B, float* to, int64_t to_width, FiniteCopy& copy) {
-    const int64_t kept = width < to_width ? width : to_width;
+    const int64_t kept = width < to_width ? width : to_width, ahead = length > 1 ? kSideBySide : kRowsAhead;
     for (int64_t begin = 0; begin < count; begin += kSideBySide) {
         const int64_t end = begin + kSideBySide < count ? begin + kSideBySide : count;
         for (int64_t h = 0; h < length; ++h) {
             for (int64_t i = begin; i < end; ++i) {
-                if (i + kSideBySide < known) {
-                    const float* const later = from + (rows[i + kSideBySide] + h) * width;
+                if (i + ahead < known) {
+                    const float* const later = from + (rows[i + ahead] + h) * width;
                     for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(later + j);
                 }
                 copy(to + (h * B + i) * to_width, from + (rows[i] + h) * width, kept);

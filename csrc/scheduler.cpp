@@ -33,6 +33,7 @@ RolloutScheduler::RolloutScheduler(std::vector<Source> sources, const BatchShape
     : sources_(std::move(sources)),
       shape_(shape),
       gather_(selected_gather()),
+      random_(selected_random()),
       window_bytes_(bytes_per_window(shape)),
       small_(shape.capacity * shape.batch * window_bytes_ < kWorthWaking),
       piece_windows_(std::max<int64_t>(1, shape.piece_bytes / std::max<int64_t>(1, window_bytes_))),
@@ -184,7 +185,7 @@ Acquired RolloutScheduler::acquire(std::chrono::nanoseconds patience) {
             result.rows = slot.rows;
             slot.held = true;
             pending_.pop_front();
-            consumed_.take();
+            consumed_.skip();
         }
     }
     return result;
@@ -330,15 +331,27 @@ void RolloutScheduler::work() {
 }
 
 RolloutScheduler::Found RolloutScheduler::fill(const Slot& slot, int64_t piece) const {
-    const int64_t B = shape_.batch, H = shape_.horizon;
     const int64_t end =
-        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * B);
-    Found found = shortened(slot, piece * piece_windows_, end);
+        std::min((piece + 1) * piece_windows_, static_cast<int64_t>(slot.rows.size()) * shape_.batch);
+    const int64_t begin = piece * piece_windows_;
+    const Found found = shortened(slot, begin, end);
     if (found.fault) return found;
+    const PageFaults before = PageFaults::of_this_thread();
+    Found result = gathered(slot, begin, end, absent_.load(std::memory_order_relaxed));
+    const PageFaults after = PageFaults::of_this_thread();
+    // What was asked for in time is only mapped when it is met. A few such pages are not worth five calls a window.
+    absent_.store(after.read > before.read || 4 * (after.mapped - before.mapped) > end - begin,
+                  std::memory_order_relaxed);
+    return result;
+}
+
+RolloutScheduler::Found RolloutScheduler::gathered(const Slot& slot, int64_t begin, int64_t end, bool absent) const {
+    const int64_t B = shape_.batch, H = shape_.horizon;
+    Found found;
     std::array<int64_t, kDrawn> rows;
-    for (int64_t begin = piece * piece_windows_, drawn; begin < end; begin = drawn) {
+    for (int64_t drawn; begin < end; begin = drawn) {
         drawn = std::min(begin + kDrawn, end);
-        draw_rows(slot, begin, drawn, rows.data());
+        draw_rows(slot, begin, drawn, absent, rows.data());
         for (int64_t n = begin, stop, same = begin; n < drawn; n = stop) {
             const int64_t p = n / B, source = slot.rows[p].source, *const first = rows.data() + n - begin;
             const Columns& columns = sources_[source].columns;
@@ -366,21 +379,24 @@ RolloutScheduler::Found RolloutScheduler::shortened(const Slot& slot, int64_t be
 }
 
 // The first rows of windows begin to end of a batch, policy after policy; of partial ones, also where they are valid.
-void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const {
+void RolloutScheduler::draw_rows(const Slot& slot, int64_t begin, int64_t end, bool absent, int64_t* rows) const {
     const int64_t B = shape_.batch, H = shape_.horizon;
     const uint32_t stream = H == 0 ? kStartStream : kWindowStream;
+    RandomPairs pairs;
     for (int64_t n = begin; n < end;) {
-        const int64_t p = n / B;
+        const int64_t p = n / B, b = n % B, count = std::min({B - b, end - n, pairs.kMost});
         const Policy& policy = slot.rows[p];
         const Columns& columns = sources_[policy.source].columns;
         const int64_t last = columns.rows - H - 1;
-        for (int64_t b = n % B; b < B && n < end; ++b, ++n, ++rows) {
-            const Draw::Drawn drawn = (*policy.draw)(random_pair(
-                policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b)));
+        random_(policy.seed, stream, static_cast<uint64_t>(policy.step), static_cast<uint32_t>(b), count, pairs);
+        for (int64_t i = 0; i < count; ++i, ++rows) {
+            const Draw::Drawn drawn = (*policy.draw)(pairs[i]);
             *rows = std::min(drawn.row, last);  // a partial window must not run over the store's end
+            if (absent) ask_for_window(columns, *rows, H);
             prefetch_numbers(columns, *rows, H);
-            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b, policy, drawn, *rows);
+            if (shape_.partial) mark_valid(slot.memory.valid + p * H * B + b + i, policy, drawn, *rows);
         }
+        n += count;
     }
 }
 

@@ -4,6 +4,7 @@
 // they are, nor who shares the batch can change it. Knows nothing of Python: workers never need its lock.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -16,6 +17,7 @@
 
 #include "sampling.hpp"
 #include "scheduler_files.hpp"
+#include "scheduler_reading.hpp"
 #include "scheduler_roster.hpp"
 
 namespace pwm_fast {
@@ -118,8 +120,9 @@ private:
     Slot* for_consumer();
     void fill_next(Slot& slot, std::unique_lock<std::mutex>& lock);
     Found fill(const Slot& slot, int64_t piece) const;
+    Found gathered(const Slot& slot, int64_t begin, int64_t end, bool absent) const;
     Found shortened(const Slot& slot, int64_t begin, int64_t end) const;
-    void draw_rows(const Slot& slot, int64_t begin, int64_t end, int64_t* rows) const;
+    void draw_rows(const Slot& slot, int64_t begin, int64_t end, bool absent, int64_t* rows) const;
     WindowBatch part_of(const Slot& slot, int64_t policy) const;
     void mark_valid(uint8_t* valid, const Policy& policy, const Draw::Drawn& drawn, int64_t row) const;
     void check(const Policy& policy) const;
@@ -136,9 +139,11 @@ private:
     const std::vector<Source> sources_;
     const BatchShape shape_;
     const Gather gather_;
+    const Random random_;
     const int64_t window_bytes_;
     const bool small_;  // a batch takes about as long as to wake a thread
     const int64_t piece_windows_;
+    mutable std::atomic<bool> absent_{true};  // the last piece met pages that were not in memory; at first who knows
 
     std::mutex control_;  // one admission, retirement, resize or close at a time; taken before mutex_
     std::vector<std::thread> workers_;

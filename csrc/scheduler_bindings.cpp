@@ -127,10 +127,11 @@ public:
         return core_->ready();
     }
 
+    // A batch that is there is taken at once: to let go of Python's lock and get it back costs as much as to look.
     py::tuple acquire() {
-        for (;;) {
-            pwm_fast::Acquired got;
-            without_lock([&] { got = core_->acquire(kPatience); });
+        require_owner();
+        for (pwm_fast::Acquired got = core_->acquire(std::chrono::nanoseconds{0});;
+             without_lock([&] { got = core_->acquire(kPatience); })) {
             switch (got.answer) {
                 case Answer::kNotYet:
                     if (PyErr_CheckSignals() != 0) throw py::error_already_set();

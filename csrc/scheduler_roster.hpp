@@ -57,14 +57,20 @@ public:
 
     // The rows of the next batch, each with the step it draws; none when every policy has had all its steps.
     std::vector<Policy> take() {
-        const auto count = std::min<int64_t>(capacity_, static_cast<int64_t>(policies_.size()));
-        std::vector<Policy> rows(policies_.begin(), policies_.begin() + count);
-        for (int64_t p = 0; p < count; ++p) ++policies_[p].step;
-        leave();
+        std::vector<Policy> rows(policies_.begin(), policies_.begin() + next());
+        skip();
         return rows;
     }
 
+    // As `take`, of a batch whose rows are known.
+    void skip() {
+        for (int64_t p = 0, count = next(); p < count; ++p) ++policies_[p].step;
+        leave();
+    }
+
 private:
+    int64_t next() const { return std::min<int64_t>(capacity_, static_cast<int64_t>(policies_.size())); }
+
     std::vector<Policy>::iterator find(int64_t id) {
         return std::find_if(policies_.begin(), policies_.end(), [&](const Policy& policy) { return policy.id == id; });
     }

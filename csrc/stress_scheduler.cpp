@@ -180,7 +180,7 @@ void round(std::mt19937& random, Counts& counts) {
     shape.obs_dim = 1 + below(20);
     shape.action_dim = 1 + below(5);
     shape.capacity = 1 + below(3);
-    shape.batch = 1 + below(12);
+    shape.batch = 1 + below(24);
     shape.horizon = below(6);
     shape.partial = shape.horizon > 0 && below(2) == 0;
     shape.piece_bytes = 1 << (6 + below(6));

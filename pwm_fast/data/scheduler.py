@@ -325,14 +325,16 @@ class RolloutScheduler:
     def __next__(self) -> Batch:
         """The next batch. Raises StopIteration when no policy has steps left, RingFullError when every slot is in use,
         StoreError for bad data, RuntimeError when closed."""
-        self._settle(wait=False)
-        answer, *rest = self._engine.acquire()
-        while answer == "held" and self._copying:
+        if self._copying:
+            self._settle(wait=False)
+        got = self._engine.acquire()
+        while got[0] == "held" and self._copying:
             self._copying[0][0].synchronize()  # later copies may wait for the device's present work
             self._settle(wait=False)
-            answer, *rest = self._engine.acquire()
+            got = self._engine.acquire()
+        answer = got[0]
         if answer == "ready":
-            return Batch(self, *rest)
+            return Batch(self, *got[1:])
         if answer == "finished":
             raise StopIteration
         if answer == "held":
@@ -340,7 +342,7 @@ class RolloutScheduler:
                 f"all {self.prefetch + 1} batches are in use; release one before asking for the next, or raise prefetch"
             )
         if answer == "fault":
-            number, row, reason = rest
+            number, row, reason = got[1:]
             if row >= 0:
                 raise not_finite(self.stores[number], row, self.horizon or 0)
             raise StoreError(f"episode store {self.stores[number].path}: {reason}")

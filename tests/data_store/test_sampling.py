@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -157,6 +158,7 @@ def test_native_and_numpy_agree_bit_for_bit(tmp_path_factory, write, lengths, ho
 
 ISAS = backends.native.available_isas() if backends.native is not None else []
 WIDTHS = [(1, 1), (3, 9), (4, 2), (5, 4), (8, 7), (11, 16), (17, 3), (76, 21)]  # of obs and actions
+SHARES = [Fraction(1, 4), Fraction(3, 4)]
 
 
 @needs_native
@@ -175,6 +177,25 @@ def test_every_instruction_set_copies_rows_of_any_width(tmp_path, isa, widths):
             native, plain = (WindowSampler(store, horizon, seed=3, backend=name) for name in ("native", "torch"))
             assert_same(native.windows(1, batch), plain.windows(1, batch))
             np.testing.assert_array_equal(native.start_states(1, batch), plain.start_states(1, batch))
+    finally:
+        backends.native.set_isa(before)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "seed, stream, step", [(0, 0, 0), (2**64 - 1, 2**32 - 1, 2**64 - 1), (3 << 32 | 5, 1, 7 << 32)]
+)
+def test_every_instruction_set_draws_the_same_rows(isa, seed, stream, step):
+    """Counts below, at and above a vector's and a block's; the groups are chosen by the second half of the bits."""
+    before, draw = backends.native.isa(), Draw(np.array([40, 3]), np.array([5, 900]), np.arange(3), SHARES)
+    try:
+        backends.native.set_isa(isa)
+        for count in (1, 7, 8, 63, 64, 65, 200):
+            rows = np.full(count + 1, -1)  # what follows must stay as it is
+            backends.native.draw_rows(seed, stream, step, draw.native(backends.native), rows[:-1])
+            np.testing.assert_array_equal(rows[:-1], draw.rows(seed, stream, step, count, None))
+            assert rows[-1] == -1
     finally:
         backends.native.set_isa(before)
 

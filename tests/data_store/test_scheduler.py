@@ -1,5 +1,6 @@
 """The scheduler's batches are the sampler's, whoever shares them and however they are made ahead."""
 
+import os
 import time
 
 import numpy as np
@@ -51,6 +52,24 @@ def packing(taken):
 
 
 # the same batches
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing tells the system to forget a file")
+@pytest.mark.parametrize("horizon", [None, 3])
+def test_a_store_that_is_on_the_disk_only_gives_the_same_batches(write, tmp_path, horizon):
+    """Its pages are asked for before they are read, up to the store's last row; later batches find them there."""
+    write(tmp_path / "s", [4000, 3, 700])
+    for file in (tmp_path / "s").iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    store = EpisodeStore.open(tmp_path / "s")
+    with RolloutScheduler(store, 300, horizon, threads=2, backend="native") as scheduler:
+        scheduler.admit(0, seed=5, end=8)
+        taken = drain(scheduler)
+    assert len(taken) == 8
+    assert_drawn_by_samplers(taken, store, 300, horizon, False, [5], [None])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
