@@ -23,7 +23,7 @@ struct Product {
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
     bool a_packed = false;  // a.data is what the same table's pack_rows() wrote; its strides are ignored
     int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as plain_panels_table() packs B
-    bool bf16 = false;      // both factors are rounded; B, if packed, is what pack_bf16() wrote; not with row sums
+    bool bf16 = false;      // B is what pack_bf16() wrote, A is rounded too; not with A packed before nor with row sums
     bool tf32 = false;      // 16 bits of each factor's mantissa are enough: AMX saves half of the work (TF32 has 11)
     bool plain_panels = false;  // B, packed, is what plain_panels_table()'s pack() wrote
     bool turned = false;        // the same of B^T, which only AMX reads

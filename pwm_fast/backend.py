@@ -56,12 +56,20 @@ def resolve(name: str | None = None, device: str = "cpu") -> str:
     return name
 
 
+def cpu_precisions() -> tuple[str, ...]:
+    """What `--precision` may be on this CPU besides what a GPU is needed for: "tf32" is AMX's."""
+    return ("fp32", "tf32", "bf16") if native is not None and native.isa() == "amx" else ("fp32", "bf16")
+
+
 def describe(device: str = "cpu") -> str:
     """One line for the start of a command: which backend runs on `device` ("cpu", "cuda:1") and why."""
     chosen = resolve(device=device)
     if chosen == "native":
         on_gpu = device.startswith("cuda")
-        return "backend: torch (native kernels are for the CPU)" if on_gpu else "backend: native (C++)"
+        if on_gpu:
+            return "backend: torch (native kernels are for the CPU)"
+        assert native is not None
+        return f"backend: native (C++, {native.isa()})"
     if chosen == "triton":
         return f"backend: triton {import_module('triton').__version__}"
     if os.environ.get(VARIABLE):

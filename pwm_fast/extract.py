@@ -83,7 +83,7 @@ class Options:
     device: str = "cpu"
     """cpu or cuda."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products (tf32, on a GPU only) or of the world model's networks (bf16)."""
+    """Of matrix products (tf32, on a GPU or a CPU with AMX) or of the world model's networks (bf16)."""
     execution: Execution = field(default_factory=Execution)
     """What makes a gradient step fast, each to be switched off alone; on a GPU."""
     out: Path | None = None
@@ -122,7 +122,7 @@ def check(options: Options) -> None:
             positive(name, getattr(options, name))
     if options.seed < 0:
         raise ValueError(f"seed must be >= 0, got {options.seed}")
-    check_device(options.device, options.precision, on_cpu=("fp32", "bf16"))
+    check_device(options.device, options.precision, on_cpu=backend.cpu_precisions())
     if (options.world_model is None) != (options.data is None):
         raise ValueError("--world-model and --data go together: the model and the episodes it starts from")
     preset(options.preset)

@@ -62,7 +62,7 @@ class Options:
     device: str = "cpu"
     """cpu or cuda; there a step is one captured graph."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products (tf32), or autocast with float32 parameters (bf16); below fp32 needs a GPU."""
+    """Of matrix products (tf32), or autocast with float32 parameters (bf16); below fp32 needs a GPU, tf32 one or AMX."""
     threads: int | None = None
     """CPU threads (default: all)."""
     checkpoint_minutes: float = 2.0
@@ -73,7 +73,7 @@ def main(options: Options) -> int:
     for name in ("steps", "batch_size", "horizon", "checkpoint_minutes"):
         if getattr(options, name) is not None:
             positive(name, getattr(options, name))
-    check_device(options.device, options.precision)
+    check_device(options.device, options.precision, [p for p in backend.cpu_precisions() if p != "bf16"])
     tasks = [registry.get(name) for name in options.task]
     space = TaskSpace.of(tasks)
     if options.threads is not None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +22,17 @@ def without_native(monkeypatch):
 
 
 def test_the_native_module_is_the_first_choice(monkeypatch):
-    monkeypatch.setattr(backend, "native", object())
+    monkeypatch.setattr(backend, "native", SimpleNamespace(isa=lambda: "avx2"))
     assert backend.resolve() == "native"
-    assert backend.describe() == "backend: native (C++)"
+    assert backend.describe() == "backend: native (C++, avx2)"
+
+
+def test_tf32_is_for_processors_with_amx(monkeypatch, without_native):
+    assert backend.cpu_precisions() == ("fp32", "bf16")
+    monkeypatch.setattr(backend, "native", SimpleNamespace(isa=lambda: "avx512"))
+    assert backend.cpu_precisions() == ("fp32", "bf16")
+    monkeypatch.setattr(backend, "native", SimpleNamespace(isa=lambda: "amx"))
+    assert backend.cpu_precisions() == ("fp32", "tf32", "bf16")
 
 
 def test_without_it_torch_runs_and_the_reason_is_told(without_native):

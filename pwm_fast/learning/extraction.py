@@ -59,9 +59,9 @@ class Extraction:
     policy draws (initial weights, noise, minibatch order), whoever shares the batch. `tasks` [P] are names for files.
     `dims` [P] are the tasks' own (observation, action) sizes where the world model's are padded to its widest task's:
     actions beyond are 0, and finished policies take and give what the task has.
-    `precision`: "fp32"; "tf32" for the matrix products on CUDA; "bf16" for dynamics, reward and termination networks in
-    bfloat16, the latents, actors, critics and optimisers staying float32 (with products as of "tf32"). On the native
-    backend "bf16" rounds the factors of those networks' products only.
+    `precision`: "fp32"; "tf32" for the matrix products on CUDA and on AMX; "bf16" for dynamics, reward and termination
+    networks in bfloat16, the latents, actors, critics and optimisers staying float32 (with products as of "tf32"). On
+    the native backend "bf16" rounds the factors of those networks' products only.
     A policy whose loss or gradient stops being finite is frozen as it was before that update and marked in `diverged`.
     """
 

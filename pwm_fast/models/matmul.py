@@ -1,4 +1,5 @@
-"""How torch multiplies float32 matrices, inside a `with` block only: on CUDA in float32 or TF32, on the CPU by oneDNN.
+"""How float32 matrices are multiplied, inside a `with` block only: on CUDA in float32 or TF32, on the CPU by our own
+products, where it has AMX in a form of TF32 too, or by oneDNN.
 
 oneDNN matters where our own products (kernels/gemm.py) cannot run. torch gives them to MKL, which runs at the AVX2 rate
 on AMD; `kernels/linear.py` holds the switch to oneDNN and its numeric gate.
@@ -14,6 +15,7 @@ from functools import cache
 
 import torch
 
+from pwm_fast import backend
 from pwm_fast.kernels import linear
 
 
@@ -27,13 +29,34 @@ def _passes_gate() -> bool:
 def fast_matmul(dtype: torch.dtype, device: torch.device, tf32: bool = False) -> Iterator[None]:
     """Inside, float32 products on the CPU take the fastest library that keeps float32 accuracy.
 
-    On CUDA they are float32, or with `tf32` run on tensor cores with 10 bits of mantissa.
+    With `tf32` CUDA's tensor cores round factors to 11 bits of mantissa, AMX's tiles to 16 (csrc/gemm_amx.cpp).
     """
     if device.type == "cuda":
         with _tensor_cores(tf32):
             yield
         return
-    if dtype is not torch.float32 or device.type != "cpu" or not _passes_gate():
+    if dtype is not torch.float32 or device.type != "cpu":
+        yield
+        return
+    with _tiles(tf32), _onednn():
+        yield
+
+
+@contextmanager
+def _tiles(tf32: bool) -> Iterator[None]:
+    if backend.native is None:
+        yield
+        return
+    before = backend.native.allow_tf32(tf32)
+    try:
+        yield
+    finally:
+        backend.native.allow_tf32(before)
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    if not _passes_gate():
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
