@@ -84,7 +84,7 @@ public:
         }
         const Arrays arrays{at(flat), at(m), at(v), at(x), at(targets), x_row, x_policy, at<int64_t>(orders), at(lr),
                             at<int64_t>(steps), at<bool>(active), at(loss), at(norm)};
-        const CriticPanels panels(layers_, gemm_table());
+        const CriticPanels panels(layers_, plain_panels_table());
         const bool shared_out = threads > 1 && policies_ >= 2 * threads;
         while (memories_.size() < static_cast<size_t>(shared_out ? threads : 1)) {
             memories_.push_back(std::make_unique<Memory>());
@@ -105,7 +105,7 @@ private:
     class Trainer {
     public:
         Trainer(const CriticEpoch& plan, const CriticPanels& panels, Memory& memory, int threads)
-            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), threads_(threads) {
+            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), plain_(plain_panels_table()), threads_(threads) {
             while (memory_.hidden.size() < plan.layers_.size()) memory_.hidden.push_back(std::make_unique<HiddenBuffers>());
         }
 
@@ -165,8 +165,8 @@ private:
             }
             const bool packs = table_.pack_rows != nullptr;
             const int64_t longest = rows / parts + 1;
-            const int64_t floats = packs ? table_.packed_rows_floats(longest, width) : 0;
-            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest) : 0;
+            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, false) : 0;
+            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, false) : 0;
             float* const packed = memory_.packed.at_least(parts * floats);
             float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
             std::vector<States> minibatches;
@@ -176,8 +176,8 @@ private:
                 if (packs) {
                     float* const forward = packed + part * floats;
                     float* const transposed = packed_transpose + part * floats_transposed;
-                    table_.pack_rows({s.plain, width, 1}, count, width, forward);
-                    table_.pack_rows({s.plain, 1, width}, width, count, transposed);
+                    table_.pack_rows({s.plain, width, 1}, count, width, false, forward);
+                    table_.pack_rows({s.plain, 1, width}, width, count, false, transposed);
                     s.packed = forward, s.packed_transpose = transposed;
                 }
                 minibatches.push_back(s);
@@ -199,6 +199,7 @@ private:
                 Product product{rows, l.outputs, l.inputs, i ? kept(i - 1) : states.forward(), {parameters + p.weight, 0, 0},
                                 true, pre, l.outputs, parameters + p.bias, nullptr};
                 product.a_packed = !i && states.packed;
+                product.plain_panels = true;
                 multiply_on_threads(product, threads_);
                 mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
                                        b.rstd.at_least(rows), rows, l.outputs, plan_.norm_eps_, threads_);
@@ -244,30 +245,35 @@ private:
             const CriticLayer& l = plan_.layers_[i];
             const CriticPanels::Places& p = panels_[i];
             HiddenBuffers& b = *memory_.hidden[i];
-            const int64_t rows = states.rows, width = table_.panel;
+            const int64_t rows = states.rows, width = plain_.panel;
             float* const d = b.gradient.at_least(0);
             mish_layernorm_backward(d, b.pre.at_least(0), b.mean.at_least(0), b.rstd.at_least(0), parameters + p.gain, d,
                                     gradients + p.gain, gradients + p.shift, rows, l.outputs, threads_);
             column_sums(d, gradients + p.bias, rows, l.outputs);
-            float* const panels = memory_.panels.at_least(panels_.panels(l.outputs) * width * rows);
-            table_.pack({d, l.outputs, 1}, rows, l.outputs, panels);
             const Matrix in = i ? Matrix{kept(i - 1).data, 1, l.inputs} : states.transposed();
-            Product product{l.inputs, l.outputs, rows, in, {panels, 0, 0}, true, gradients + p.weight, width, nullptr, nullptr};
+            Product product{l.inputs, l.outputs, rows, in, {d, l.outputs, 1}, false, gradients + p.weight, width, nullptr, nullptr};
             product.a_packed = !i && states.packed;
+            if (&table_ == &plain_) {
+                float* const panels = memory_.panels.at_least(panels_.panels(l.outputs) * width * rows);
+                table_.pack(product.b, rows, l.outputs, panels);
+                product.b.data = panels, product.packed = true;
+            }
             product.c_panel = panels_.panel_floats(l);
             multiply_on_threads(product, threads_);
             if (i == 0) return;
             float* const weight = memory_.weight.at_least(panels_.panels(l.inputs) * width * l.outputs);
             panels_.transpose(parameters + p.weight, l, weight);
             float* const below = memory_.hidden[i - 1]->gradient.at_least(rows * l.inputs);
-            multiply_on_threads({rows, l.inputs, l.outputs, {d, l.outputs, 1}, {weight, 0, 0}, true, below, l.inputs, nullptr,
-                                 nullptr}, threads_);
+            Product down{rows, l.inputs, l.outputs, {d, l.outputs, 1}, {weight, 0, 0}, true, below, l.inputs, nullptr, nullptr};
+            down.plain_panels = true;
+            multiply_on_threads(down, threads_);
         }
 
         const CriticEpoch& plan_;
         const CriticPanels& panels_;
         Memory& memory_;
         const GemmTable& table_;
+        const GemmTable& plain_;  // whose panels hold parameters and gradients
         const int threads_;
     };
 

@@ -73,10 +73,10 @@ public:
     }
 
     // Fills `inputs`, `latents`, `actions` and what the actors keep from z [P, B, Z] with noise [P, H, B, A].
-    void forward(Address parameters, const std::vector<std::vector<Address>>& dynamics, int64_t panel, Address z,
+    void forward(Address parameters, const std::vector<std::vector<Address>>& dynamics, int64_t panel_row, Address z,
                  Address noise, const std::vector<Address>& places, int threads) {
         const std::lock_guard<std::mutex> only_one(busy_);
-        take(dynamics, panel, places);
+        take(dynamics, panel_row, places);
         const float* const p = at(parameters);
         actors_.pack(p, true, threads);
         std::vector<float> std(static_cast<size_t>(policies_ * action_));
@@ -95,12 +95,12 @@ public:
 
     // d_action [P, H, B, A] of the last forward(), from the gradients d_inputs [H, P, B, Z + A] and d_last [P, B, Z]. The
     // actors' mask [P, A] may be null. With `detach` the actors see z as a constant.
-    void backward(Address parameters, const std::vector<std::vector<Address>>& dynamics, int64_t panel, Address d_inputs,
+    void backward(Address parameters, const std::vector<std::vector<Address>>& dynamics, int64_t panel_row, Address d_inputs,
                   Address d_last, Address mask, Address d_action, const std::vector<Address>& places, bool detach,
                   int threads) {
         const std::lock_guard<std::mutex> only_one(busy_);
         if (!imagined_) throw std::runtime_error("a rollout's backward pass needs its forward pass first");
-        take(dynamics, panel, places);
+        take(dynamics, panel_row, places);
         if (!detach) actors_.pack(at(parameters), false, threads);
         over_spans(threads, [&](const Span& span, SpanMemory& memory, int inner) {
             differentiate(span, memory, at(d_inputs), at(d_last), at(mask), at(d_action), detach, inner);
@@ -115,10 +115,11 @@ private:
         return layers;
     }
 
-    void take(const std::vector<std::vector<Address>>& dynamics, int64_t panel, const std::vector<Address>& places) {
-        if (panel != gemm_table().panel) {
-            throw std::invalid_argument("the dynamics were packed in panels of " + std::to_string(panel) + " columns, " +
-                                        std::to_string(gemm_table().panel) + " are read now: pack them again after set_isa");
+    void take(const std::vector<std::vector<Address>>& dynamics, int64_t panel_row, const std::vector<Address>& places) {
+        const int64_t read = gemm_table().panel_row;
+        if (panel_row != read) {
+            throw std::invalid_argument("the dynamics were packed in panels of " + std::to_string(panel_row) + " floats a row, " +
+                                        std::to_string(read) + " are read now: pack them again after set_isa");
         }
         const size_t hidden = actors_.layers().size() - 1;
         if (dynamics.size() + 1 != widths_.size() || places.size() != 3 + 4 * hidden) {

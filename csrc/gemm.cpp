@@ -22,6 +22,9 @@ namespace pwm_fast {
 
 const GemmTable& gemm_table() {
 #ifdef PWM_FAST_X86
+#ifdef PWM_FAST_AMX
+    if (selected_isa() == Isa::amx) return gemm_amx();
+#endif
 #ifdef PWM_FAST_AVX512BF16
     if (selected_isa() == Isa::avx512bf16) return gemm_avx512bf16();
 #endif
@@ -29,6 +32,13 @@ const GemmTable& gemm_table() {
     if (selected_isa() == Isa::avx2) return gemm_avx2();
 #endif
     return gemm_portable();
+}
+
+const GemmTable& plain_panels_table() {
+#ifdef PWM_FAST_AMX
+    if (selected_isa() == Isa::amx) return gemm_avx512();
+#endif
+    return gemm_table();
 }
 
 namespace {
@@ -72,13 +82,13 @@ void multiply_groups(int64_t groups, int64_t m, int64_t n, int64_t k, int thread
     });
 }
 
-// C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k. `packed` is 0, or the panel's width
-// that B was packed for; with `bf16`, B is packed in bfloat16 and A is rounded to it.
+// C_g = A_g B_g + bias_g for products of one shape; row_sums_g = A_g summed along k. `packed` is 0, or the floats of a
+// panel's row that B was packed for; with `bf16`, B is packed in bfloat16 and A is rounded to it.
 void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, const Vector& bias, const Vector& row_sums,
           int64_t groups, int64_t m, int64_t n, int64_t k, bool bf16, int threads) {
-    if (packed != 0 && packed != gemm_table().panel) {
-        throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " columns, " +
-                                    name_of(selected_isa()) + " reads " + std::to_string(gemm_table().panel) +
+    if (packed != 0 && packed != gemm_table().panel_row) {
+        throw std::invalid_argument("B was packed in panels of " + std::to_string(packed) + " floats a row, " +
+                                    name_of(selected_isa()) + " reads " + std::to_string(gemm_table().panel_row) +
                                     ": pack it again after set_isa");
     }
     multiply_groups(groups, m, n, k, threads, [&](int64_t group) {
@@ -91,13 +101,8 @@ void gemm(const Operand& a, const Operand& b, int64_t packed, const Output& c, c
     });
 }
 
-int64_t gemm_packed_floats(int64_t k, int64_t n, bool bf16) {
-    const int64_t panel = gemm_table().panel;
-    return (n + panel - 1) / panel * panel * (bf16 ? (k + 1) / 2 : k);
-}
-
 void gemm_pack(Address b, int64_t b_row, int64_t b_column, int64_t k, int64_t n, bool bf16, Address out) {
-    advise_huge_pages(at(out, 0), static_cast<size_t>(gemm_packed_floats(k, n, bf16)) * sizeof(float));
+    advise_huge_pages(at(out, 0), static_cast<size_t>(gemm_table().packed_floats(k, n, bf16)) * sizeof(float));
     const GemmTable& kernels = gemm_table();
     (bf16 ? kernels.pack_bf16 : kernels.pack)({at(b, 0), b_row, b_column}, k, n, at(out, 0));
 }
@@ -127,7 +132,8 @@ void register_gemm(py::module_& module) {
     register_gemm_rows_network(module);
     module.def("gemm_pack", &gemm_pack, py::call_guard<py::gil_scoped_release>());
     module.def("gemm_peak", &gemm_peak, "Multiply-adds in registers, for benchmarks: operations done, their sum.");
-    module.def("gemm_panel", [] { return gemm_table().panel; }, "Columns of a panel, as gemm_pack writes them.");
-    module.def("gemm_packed_floats", &gemm_packed_floats,
-               "Size of what gemm_pack writes for B [k, n]; a pair of bfloat16 is as large as a float.");
+    module.def("gemm_panel_row", [] { return gemm_table().panel_row; }, "Floats of a panel's row, as gemm_pack writes it.");
+    module.def(
+        "gemm_packed_floats", [](int64_t k, int64_t n, bool bf16) { return gemm_table().packed_floats(k, n, bf16); },
+        "Size of what gemm_pack writes for B [k, n]; a pair of bfloat16 is as large as a float.");
 }

@@ -22,29 +22,34 @@ struct Product {
     const float* bias;
     float* row_sums;  // [m], may be null: receives A's sums along k (bias gradients, when A holds transposed gradients)
     bool a_packed = false;  // a.data is what the same table's pack_rows() wrote; its strides are ignored
-    int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as pack() writes B
-    bool bf16 = false;      // B is what pack_bf16() wrote, A is rounded too; not with A packed before nor with row sums
+    int64_t c_panel = 0;    // where not 0, C is written in panels this far apart, as plain_panels_table() packs B
+    bool bf16 = false;      // both factors are rounded; B, if packed, is what pack_bf16() wrote; not with row sums
+    bool plain_panels = false;  // B, packed, is what plain_panels_table()'s pack() wrote
 };
 
 constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle
 
 // One instruction set's kernels; gemm.cpp picks the table and splits the work over groups and threads.
 struct GemmTable {
-    int64_t panel;  // B is worked on in panels of this many columns
+    int64_t panel;      // B is worked on in panels of this many columns
+    int64_t panel_row;  // floats of each of their rows when packed: tables of equal ones read what the other packed
 
     // Columns [first, last) of C, counted in panels. Every element is summed in the same order whatever the range.
     void (*multiply)(const Product& product, int64_t first, int64_t last);
 
-    // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n.
+    // B [k, n] as panels [ceil(n / panel)][k][panel], zeros beyond n; AMX has an order of its own.
     void (*pack)(const Matrix& b, int64_t k, int64_t n, float* out);
 
     // The same in pairs of bfloat16 (gemm_bf16.hpp), each a float's size: panels [ceil(n / panel)][ceil(k / 2)][panel].
     void (*pack_bf16)(const Matrix& b, int64_t k, int64_t n, float* out);
 
+    // Floats that pack() or pack_bf16() writes.
+    int64_t (*packed_floats)(int64_t k, int64_t n, bool bf16);
+
     // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products. Null where products
-    // copy A in another order each time.
-    void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, float* out);
-    int64_t (*packed_rows_floats)(int64_t m, int64_t k);
+    // copy A in another order each time. Only AMX takes `bf16` ones.
+    void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, bool bf16, float* out);
+    int64_t (*packed_rows_floats)(int64_t m, int64_t k, bool bf16);
 
     // Sums that need no memory, kChains of `lanes` floats at once: what the core can do at most.
     int64_t lanes;
@@ -57,11 +62,15 @@ void multiply_on_threads(const Product& product, int threads);
 // The table of the selected instruction set.
 const GemmTable& gemm_table();
 
+// The same, or where its pack() writes no plain floats, one whose panels it reads as `plain_panels`.
+const GemmTable& plain_panels_table();
+
 const GemmTable& gemm_portable();
 #ifdef PWM_FAST_X86
 const GemmTable& gemm_avx2();
 const GemmTable& gemm_avx512();
 const GemmTable& gemm_avx512bf16();
+const GemmTable& gemm_amx();
 #endif
 
 }  // namespace pwm_fast

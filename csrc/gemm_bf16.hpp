@@ -42,6 +42,12 @@ void pack_pairs(int64_t k, int64_t n, float* panel, float* out, PackPanel pack_p
     }
 }
 
+// Floats of B [k, n] in panels of kWidth columns, of floats or of pairs.
+template <int64_t kWidth>
+int64_t panels_floats(int64_t k, int64_t n, bool bf16) {
+    return (n + kWidth - 1) / kWidth * kWidth * (bf16 ? pairs_of(k) : k);
+}
+
 // The floats [2 * count][kWidth] of `count` rows of pairs.
 template <int64_t kWidth>
 void widen_pairs(const float* pairs, int64_t count, float* out) {

@@ -5,8 +5,8 @@
 namespace pwm_fast {
 
 const GemmTable& gemm_portable() {
-    static constexpr GemmTable table = {kPanel,    multiply, pack, pack_bf16, pack_rows, packed_rows_floats,
-                                        kLanes, multiply_adds};
+    static constexpr GemmTable table = {kPanel,    kPanel,    multiply,           pack,   pack_bf16,
+                                        panels_floats<kPanel>, pack_rows, packed_rows_floats, kLanes, multiply_adds};
     return table;
 }
 

@@ -243,7 +243,7 @@ void pack_block(const Matrix& a, int64_t begin, int64_t height, int64_t k, int64
     }
 }
 
-int64_t packed_rows_floats(int64_t m, int64_t k) {
+int64_t packed_rows_floats(int64_t m, int64_t k, bool) {
     int64_t count = kSlack;
     for_blocks(m, k, [&](int64_t, int64_t height, int64_t, int64_t depth, int64_t) {
         count += pieces(height, kTileRows) * kTileRows * depth;
@@ -251,7 +251,7 @@ int64_t packed_rows_floats(int64_t m, int64_t k) {
     return count;
 }
 
-void pack_rows(const Matrix& a, int64_t m, int64_t k, float* out) {
+void pack_rows(const Matrix& a, int64_t m, int64_t k, bool, float* out) {
     for_blocks(m, k, [&](int64_t begin, int64_t height, int64_t from, int64_t depth, int64_t before) {
         pack_block(a, begin, height, from, depth, out + before, nullptr);
     });

@@ -139,6 +139,11 @@ constexpr Transpose kTransposes[kLanes] = {
     transpose<7>,  transpose<8>,  transpose<9>,  transpose<10>, transpose<11>, transpose<12>,
     transpose<13>, transpose<14>, transpose<15>, transpose<16>};
 
+// The same for 16 columns.
+inline void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
+    kTransposes[rows - 1](in, in_row, kLanes, out, out_row);
+}
+
 // out[k][i] = in(i, k) for `width` <= 16 places i and `depth` places k, with strides `across` in i and `along` in k;
 // zero for the places beyond `width`.
 void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* out,

@@ -6,7 +6,7 @@
 
 namespace pwm_fast {
 
-enum class Isa { portable, avx2, avx512, avx512bf16 };  // each has what those before it have
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };  // each has what those before it have
 
 const char* name_of(Isa isa);
 

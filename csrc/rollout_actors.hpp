@@ -43,7 +43,7 @@ public:
         for (const ActorLayer& l : layers_) {
             const int64_t columns = transposed ? l.outputs : l.inputs, rows = transposed ? l.inputs : l.outputs;
             places_.push_back(packed_size_);
-            packed_size_ += (columns + table.panel - 1) / table.panel * table.panel * rows;
+            packed_size_ += table.packed_floats(rows, columns, false);
         }
         parameters_ = parameters;
         float* const packed = packed_.at_least(policies_ * packed_size_);

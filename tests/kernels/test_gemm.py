@@ -87,9 +87,9 @@ def test_packed_weights(shape: tuple[int, int, int]) -> None:
 def test_weights_packed_for_other_panels_are_refused() -> None:
     isa, packed = backend.native.isa(), gemm.pack(random(20, 30), backend="native")
     assert packed is not None
-    panel, others = backend.native.gemm_panel(), backend.native.available_isas()
+    panel, others = backend.native.gemm_panel_row(), backend.native.available_isas()
     try:
-        while backend.native.gemm_panel() == panel:  # AVX-512 with and without BF16 have the same
+        while backend.native.gemm_panel_row() == panel:  # AVX-512 with and without BF16 have the same
             if not others:
                 pytest.skip("needs a processor that runs two of the products' instruction sets")
             backend.native.set_isa(others.pop())

@@ -75,17 +75,19 @@ def test_rounding_is_torchs() -> None:
     torch.testing.assert_close(pack(values).product(one).T, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_numbers_below_the_normal_ones_may_count_as_zero_with_avx512bf16(isa: str) -> None:
+def test_numbers_below_the_normal_ones_may_count_as_zero_where_the_processor_has_bf16(isa: str) -> None:
     tiny = torch.tensor([[1e-38, 3e-39, 2e-40, -1e-38]]).T
     y = pack(torch.ones(1, 1)).product(tiny)
-    assert torch.equal(y, tiny.bfloat16().float()) or (isa == "avx512bf16" and not y.any())
+    assert torch.equal(y, tiny.bfloat16().float()) or (isa in ("avx512bf16", "amx") and not y.any())
 
 
-def test_packed_weights_take_half_the_memory() -> None:
+def test_packed_weights_take_half_the_memory(isa: str) -> None:
+    """Of a float's, or in AMX's tiles, where a float is three bfloat16, a third."""
     for inputs, halved in ((64, 32), (65, 33)):
         whole = gemm.pack(random(48, inputs), backend="native")
         assert whole is not None
-        assert pack(random(48, inputs))._panels.numel() * inputs == whole._panels.numel() * halved
+        part = inputs / 3 if isa == "amx" else halved
+        assert pack(random(48, inputs))._panels.numel() * inputs == whole._panels.numel() * part
 
 
 def test_threads_do_not_change_a_bit() -> None:
