@@ -44,8 +44,10 @@ float multiply_adds(int64_t rounds) {
 }  // namespace
 
 const GemmTable& gemm_avx512() {
-    static constexpr GemmTable table = {kPanel,    kPanel,             multiply, pack,         pack_bf16, panels_floats<kPanel>,
-                                        pack_rows, packed_rows_floats, kLanes,   multiply_adds};
+    static constexpr GemmTable table = {
+        kPanel,    kPanel,             multiply, pack,          pack_bf16, panels_floats<kPanel>,
+        pack_rows, packed_rows_floats, kLanes,   multiply_adds,
+    };
     return table;
 }
 
