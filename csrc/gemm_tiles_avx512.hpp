@@ -2,8 +2,9 @@
 // (2008), as in gemm_tiles.hpp: a block of A stays in the second-level cache and a panel of B in the first; the
 // innermost kernel reads copies of both in sequence and holds a tile of C, 14 rows by 32 columns, in 28 registers.
 // Measured on an Intel core of 230 to 250 GFLOP/s with 48 KB and 2 MB of caches: a tile alone runs at 97 to 99% of
-// that, products of 64 rows on packed weights at 73 to 90% (bench/test_native.py). Of bfloat16, AVX512-BF16 reads B's pairs (gemm_bf16.hpp) where they lie and A copied as pairs; elsewhere
-// floats are made of B's pairs once for all tiles of a panel, and A is rounded.
+// that, products of 64 rows on packed weights at 73 to 90% (bench/test_native.py).
+// Of bfloat16, AVX512-BF16 reads B's pairs (gemm_bf16.hpp) where they lie and A copied as pairs; elsewhere floats are made
+// of B's pairs once for all tiles of a panel, and A is rounded.
 #pragma once
 
 #define PWM_FAST_LANES 16
