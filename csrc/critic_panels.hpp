@@ -61,9 +61,15 @@ public:
             const Places& at = places_[i];
             const int64_t width = table_.panel;
             if (i + 1 < layers_.size()) {
-                for (int64_t o = 0; o < l.outputs; ++o) {
-                    const float* const column = from + at.weight + o / width * panel_floats(l) + o % width;
-                    for (int64_t k = 0; k < l.inputs; ++k) row[l.weight + o * l.inputs + k] = column[k * width];
+                constexpr int64_t kTurn = 16;  // of a panel's rows, read from the first-level cache by all its columns
+                for (int64_t o = 0; o < l.outputs; o += width) {
+                    const float* const panel = from + at.weight + o * l.inputs;
+                    for (int64_t k = 0; k < l.inputs; k += kTurn) {
+                        for (int64_t j = 0; j < std::min(width, l.outputs - o); ++j) {
+                            float* const out = row + l.weight + (o + j) * l.inputs;
+                            for (int64_t i = k; i < std::min(k + kTurn, l.inputs); ++i) out[i] = panel[i * width + j];
+                        }
+                    }
                 }
             } else {
                 std::copy_n(from + at.weight, l.inputs, row + l.weight);

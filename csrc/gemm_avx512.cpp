@@ -16,6 +16,16 @@ void pack_bf16(const Matrix& b, int64_t k, int64_t n, float* out) {
     pack_pairs<kPanel>(k, n, for_b.floats(kPanel * k), out, floats);
 }
 
+int64_t packed_rows_floats(int64_t m, int64_t k, bool) {
+    int64_t count = 0;
+    for_blocks(m, k, [&](const Block& block) { count += pieces(block.height, kTileRows) * kTileStride * block.depth; });
+    return count;
+}
+
+void pack_rows(const Matrix& a, int64_t m, int64_t k, bool, float* out) {
+    for_blocks(m, k, [&](const Block& block) { pack_block(a, block, out + block.before, nullptr); });
+}
+
 float multiply_adds(int64_t rounds) {
     __m512 sums[kChains];
 #pragma GCC unroll 12
@@ -28,14 +38,16 @@ float multiply_adds(int64_t rounds) {
     __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 12
     for (int j = 0; j < kChains; ++j) total = _mm512_add_ps(total, sums[j]);
-    return _mm512_reduce_add_ps(total);
+    return sum_lanes(total);
 }
 
 }  // namespace
 
 const GemmTable& gemm_avx512() {
-    static constexpr GemmTable table = {kPanel, kPanel, multiply, pack, pack_bf16, panels_floats<kPanel>,
-                                        nullptr, nullptr, kLanes, multiply_adds};
+    static constexpr GemmTable table = {
+        kPanel,    kPanel,             multiply, pack,          pack_bf16, panels_floats<kPanel>,
+        pack_rows, packed_rows_floats, kLanes,   multiply_adds,
+    };
     return table;
 }
 

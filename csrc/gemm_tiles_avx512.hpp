@@ -1,10 +1,10 @@
 // The product's kernel for AVX-512, included by one source file per instruction set. Structure of Goto and van de Geijn
-// (2008): blocks of A and panels of B are copied so that the innermost kernel reads both in sequence; it holds a tile of C,
-// 14 rows by 32 columns, in 28 registers. Measured on Zen 4, one core of 115 GFLOP/s: 105 to 112 at 64 to 256 rows with
-// operands in its cache, 95 to 102 from the third level (packing B^T takes 7%, packing A 3 to 6%), where torch's MKL and
-// oneDNN had 80 to 95 in extraction because they copy a transposed B each time and add the bias in another pass.
+// (2008), as in gemm_tiles.hpp: a block of A stays in the second-level cache and a panel of B in the first; the
+// innermost kernel reads copies of both in sequence and holds a tile of C, 14 rows by 32 columns, in 28 registers.
+// Measured on an Intel core of 230 to 250 GFLOP/s with 48 KB and 2 MB of caches: a tile alone runs at 97 to 99% of
+// that, products of 64 rows on packed weights at 73 to 90% (bench/test_native.py).
 // Of bfloat16, AVX512-BF16 reads B's pairs (gemm_bf16.hpp) where they lie and A copied as pairs; elsewhere floats are made
-// of B's pairs when other products would copy B, and A is rounded.
+// of B's pairs once for all tiles of a panel, and A is rounded.
 #pragma once
 
 #define PWM_FAST_LANES 16
@@ -14,7 +14,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <memory>
+#include <cstdlib>
 
 namespace pwm_fast {
 namespace {
@@ -22,13 +22,15 @@ namespace {
 constexpr int64_t kPanel = 32;
 constexpr int64_t kTileRows = 14;    // 28 accumulators, 2 columns of B and a broadcast: 31 of 32 registers
 constexpr int64_t kTileStride = 16;  // rows of a packed tile of A are padded to one vector
-constexpr int64_t kSmall = 3 << 17;       // floats of B that count as small, 1.5 MB
-constexpr int64_t kSmallDepth = 1024;     // A's packed tile is then 64 KB at most
-constexpr int64_t kBlockRows = 18 * kTileRows;  // for large B: A's block, 252 x 640, stays in the second-level cache
-constexpr int64_t kBlockDepth = 640;
+constexpr int64_t kLongest = 320;               // along k: B's panel then takes 40 KB; of 256 to 384 none is better
+constexpr int64_t kBlockRows = 37 * kTileRows;  // A's block then takes 760 KB of 1 or 2 MB
+constexpr int64_t kLine = 16;                   // floats of a cache line
+constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kAhead = 24 * kTileStride;    // in floats: A's tiles come from the second level, this early
 constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns of its own header in the unmasked forms of some operations
 
 __mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u); }
+int64_t pieces(int64_t length, int64_t longest) { return std::max<int64_t>((length + longest - 1) / longest, 1); }
 
 #ifdef __AVX512BF16__
 constexpr int64_t kStep = 2;  // places along k that one multiplication takes
@@ -42,24 +44,34 @@ constexpr int64_t kStep = 1;
 PWM_FAST_INLINE __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
 #endif
 
-// C's tile [kRows, 16 kVectors] += or = A's packed tile times B's panel; `last` masks the last vector of columns.
+// Memory that a tile asks for while it multiplies, one place in each step: what comes from beyond the second-level
+// cache is spread over many steps so. Asked for at once, it holds up the tile's own loads: a tenth of a product.
+struct Ahead {
+    const float* from;
+    int64_t bytes;  // from one step to the next
+};
+
+// C's tile [kRows, 16 kVectors] = or += A's packed tile times B's panel; `last` masks the last vector of columns. The
+// loop is kept short: unrolled by 4 it outgrows the decoders' cache and loses a tenth.
 template <int kRows, int kVectors>
-void tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, int64_t depth, __mmask16 last,
-          const float* bias, bool accumulate) {
+void tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, int64_t steps, __mmask16 last,
+          const float* bias, bool accumulate, Ahead ahead) {
     __m512 sum[kRows][kVectors];
-    const auto mask = [&](int j) { return j == kVectors - 1 ? last : static_cast<__mmask16>(0xffff); };
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-        const __m512 start = bias ? _mm512_maskz_loadu_ps(mask(j), bias + j * kLanes) : _mm512_setzero_ps();
 #pragma GCC unroll 14
-        for (int i = 0; i < kRows; ++i) {
-            sum[i][j] = accumulate ? _mm512_maskz_loadu_ps(mask(j), c + i * ldc + j * kLanes) : start;
-        }
+    for (int i = 0; i < kRows; ++i) {
+        __builtin_prefetch(c + i * ldc, 1);
+        __builtin_prefetch(c + i * ldc + (kVectors - 1) * kLanes, 1);
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sum[i][j] = _mm512_setzero_ps();
     }
-    for (int64_t k = 0; k < depth; ++k, a += kTileStride, b += b_row) {
+    const char* next = reinterpret_cast<const char*>(ahead.from);
+    const float* const end = a + steps * kTileStride;
+    for (; a != end; a += kTileStride, b += b_row, next += ahead.bytes) {
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(a + kAhead, 0, 3);
         __m512 columns[kVectors];
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) columns[j] = _mm512_maskz_loadu_ps(mask(j), b + j * kLanes);
+        for (int j = 0; j < kVectors; ++j) columns[j] = _mm512_loadu_ps(b + j * kLanes);
 #pragma GCC unroll 14
         for (int i = 0; i < kRows; ++i) {
             const __m512 row = _mm512_set1_ps(a[i]);
@@ -67,56 +79,75 @@ void tile(const float* a, const float* b, int64_t b_row, float* c, int64_t ldc, 
             for (int j = 0; j < kVectors; ++j) sum[i][j] = multiply_add(row, columns[j], sum[i][j]);
         }
     }
-#pragma GCC unroll 14
-    for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) _mm512_mask_storeu_ps(c + i * ldc + j * kLanes, mask(j), sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+        const __mmask16 mask = j == kVectors - 1 ? last : kAll;
+        const __m512 start = bias ? _mm512_maskz_loadu_ps(mask, bias + j * kLanes) : _mm512_setzero_ps();
+#pragma GCC unroll 14
+        for (int i = 0; i < kRows; ++i) {
+            float* const at = c + i * ldc + j * kLanes;
+            const __m512 before = accumulate ? _mm512_maskz_loadu_ps(mask, at) : start;
+            _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(sum[i][j], before));
+        }
     }
 }
 
-using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, __mmask16, const float*, bool);
+using Tile = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, __mmask16, const float*, bool,
+                      Ahead);
 
 template <int kVectors>
-Tile tile_of(int64_t rows) {
-    static constexpr Tile kTiles[kTileRows] = {
-        tile<1, kVectors>, tile<2, kVectors>,  tile<3, kVectors>,  tile<4, kVectors>,  tile<5, kVectors>,
-        tile<6, kVectors>, tile<7, kVectors>,  tile<8, kVectors>,  tile<9, kVectors>,  tile<10, kVectors>,
-        tile<11, kVectors>, tile<12, kVectors>, tile<13, kVectors>, tile<14, kVectors>};
-    return kTiles[rows - 1];
+constexpr Tile kTiles[kTileRows] = {
+    tile<1, kVectors>, tile<2, kVectors>,  tile<3, kVectors>,  tile<4, kVectors>,  tile<5, kVectors>,
+    tile<6, kVectors>, tile<7, kVectors>,  tile<8, kVectors>,  tile<9, kVectors>,  tile<10, kVectors>,
+    tile<11, kVectors>, tile<12, kVectors>, tile<13, kVectors>, tile<14, kVectors>};
+
+
+// Four neighbours of each fourth row from `first` on: row `first + 4 g` in quarter g, zero for rows beyond kRows.
+// Loaded so, two stages of shuffles, which one port does, transpose them; whole rows would need four.
+template <int kRows>
+PWM_FAST_INLINE __m512 quarters(const float* in, int64_t in_row, int first) {
+    const auto quarter = [&](int row) { return row < kRows ? _mm_loadu_ps(in + row * in_row) : _mm_setzero_ps(); };
+    __m512 v = _mm512_castps128_ps512(quarter(first));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, quarter(first + 4));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, quarter(first + 8));
+    return _mm512_mask_broadcast_f32x4(v, 0xf000, quarter(first + 12));
 }
 
-// out[k][i] = in[i][k] for `rows` <= 16 rows and 16 columns; the rest of out's 16 columns becomes zero.
-void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
-    __m512 r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = i < rows ? _mm512_loadu_ps(in + i * in_row) : _mm512_setzero_ps();
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_maskz_unpacklo_ps(kAll, r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_maskz_unpackhi_ps(kAll, r[2 * i], r[2 * i + 1]);
-    }
-    const auto pairs = [](auto unpack, __m512 x, __m512 y) {
-        return _mm512_castpd_ps(unpack(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+// out[k][i] = in[i][k] for kRows rows i and `count` columns k, a multiple of 4; zero for the rest of out's 16 columns.
+template <int kRows>
+void transpose(const float* in, int64_t in_row, int64_t count, float* out, int64_t out_row) {
+    const auto low = [](__m512 x, __m512 y) {
+        return _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, _mm512_castps_pd(x), _mm512_castps_pd(y)));
     };
-    const auto low = [](__m512d x, __m512d y) { return _mm512_maskz_unpacklo_pd(0xff, x, y); };
-    const auto high = [](__m512d x, __m512d y) { return _mm512_maskz_unpackhi_pd(0xff, x, y); };
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = pairs(low, t[i], t[i + 2]);
-        r[i + 1] = pairs(high, t[i], t[i + 2]);
-        r[i + 2] = pairs(low, t[i + 1], t[i + 3]);
-        r[i + 3] = pairs(high, t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_maskz_shuffle_f32x4(kAll, r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_maskz_shuffle_f32x4(kAll, r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_maskz_shuffle_f32x4(kAll, r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_maskz_shuffle_f32x4(kAll, r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        _mm512_storeu_ps(out + i * out_row, _mm512_maskz_shuffle_f32x4(kAll, t[i], t[i + 8], 0x88));
-        _mm512_storeu_ps(out + (i + 8) * out_row, _mm512_maskz_shuffle_f32x4(kAll, t[i], t[i + 8], 0xdd));
+    const auto high = [](__m512 x, __m512 y) {
+        return _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, _mm512_castps_pd(x), _mm512_castps_pd(y)));
+    };
+    for (int64_t k = 0; k < count; k += 4, in += 4, out += 4 * out_row) {
+        const __m512 r0 = quarters<kRows>(in, in_row, 0), r1 = quarters<kRows>(in, in_row, 1);
+        const __m512 r2 = quarters<kRows>(in, in_row, 2), r3 = quarters<kRows>(in, in_row, 3);
+        const __m512 t0 = _mm512_maskz_unpacklo_ps(kAll, r0, r1), t1 = _mm512_maskz_unpackhi_ps(kAll, r0, r1);
+        const __m512 t2 = _mm512_maskz_unpacklo_ps(kAll, r2, r3), t3 = _mm512_maskz_unpackhi_ps(kAll, r2, r3);
+        _mm512_storeu_ps(out, low(t0, t2));
+        _mm512_storeu_ps(out + out_row, high(t0, t2));
+        _mm512_storeu_ps(out + 2 * out_row, low(t1, t3));
+        _mm512_storeu_ps(out + 3 * out_row, high(t1, t3));
     }
 }
 
-// out[k][i] = in(i, k) for `width` <= 16 places i and `depth` places k, with strides `across` in i and `along` in k.
+using Transpose = void (*)(const float*, int64_t, int64_t, float*, int64_t);
+
+constexpr Transpose kTransposes[kLanes] = {
+    transpose<1>,  transpose<2>,  transpose<3>,  transpose<4>,  transpose<5>,  transpose<6>,
+    transpose<7>,  transpose<8>,  transpose<9>,  transpose<10>, transpose<11>, transpose<12>,
+    transpose<13>, transpose<14>, transpose<15>, transpose<16>};
+
+// The same for 16 columns.
+inline void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
+    kTransposes[rows - 1](in, in_row, kLanes, out, out_row);
+}
+
+// out[k][i] = in(i, k) for `width` <= 16 places i and `depth` places k, with strides `across` in i and `along` in k;
+// zero for the places beyond `width`.
 void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* out,
                 int64_t out_row) {
     int64_t k = 0;
@@ -125,139 +156,175 @@ void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, i
         for (; k < depth; ++k) _mm512_storeu_ps(out + k * out_row, _mm512_maskz_loadu_ps(mask, in + k * along));
         return;
     }
-    if (along == 1) {
-        for (; k + 16 <= depth; k += 16) transpose_square(in + k, across, width, out + k * out_row, out_row);
+    if (along == 1 && width > 0) {
+        k = depth / 4 * 4;
+        kTransposes[width - 1](in, across, k, out, out_row);
     }
     for (; k < depth; ++k) {
         for (int64_t i = 0; i < kLanes; ++i) out[k * out_row + i] = i < width ? in[i * across + k * along] : 0.0f;
     }
 }
 
+PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
+    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
+}
+
 void pack_panel(const Matrix& b, int64_t first_k, int64_t depth, int64_t first_column, int64_t n, float* out) {
     for (int64_t half = 0; half < kPanel; half += kLanes) {
         const int64_t column = first_column + half, width = std::clamp<int64_t>(n - column, 0, kLanes);
-        pack_strip(b.data + first_k * b.row + std::min(column, n - 1) * b.column, b.column, b.row, width, depth,
-                   out + half, kPanel);
+        const float* const in = part_of(b, first_k, std::min(column, n - 1)).data;
+        pack_strip(in, b.column, b.row, width, depth, out + half, kPanel);
     }
 }
 
 // Memory that a thread keeps between products; its content is never read before it is written.
 class Scratch {
 public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { std::free(memory_); }
+
     float* floats(int64_t count) {
         if (count > size_) {
-            memory_.reset(new float[static_cast<size_t>(count + kLanes + kPanel)]);  // alignment, a last pair's empty half
+            std::free(memory_);
+            const int64_t room = kLine + kPanel;  // for alignment, and a last pair's empty half
+            memory_ = std::malloc(static_cast<size_t>(count + room) * sizeof(float));
+            if (memory_ == nullptr) std::abort();  // a few hundred KB: nothing can go on without them
             size_ = count;
         }
-        const auto address = reinterpret_cast<std::uintptr_t>(memory_.get());
-        return reinterpret_cast<float*>((address + 63) / 64 * 64);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
     }
 
 private:
-    std::unique_ptr<float[]> memory_;
+    void* memory_ = nullptr;
     int64_t size_ = 0;
 };
 
-// One range of k and of panels of a product, and where its panels of B are.
-struct Range {
-    const Product& p;
-    int64_t k, depth;
+// A block's rows in tiles of nearly equal heights. One division: tiles do not divide.
+struct Tiles {
+    int64_t count, low, taller;
 
-    int64_t steps() const { return (depth + kStep - 1) / kStep; }
+    explicit Tiles(int64_t height)
+        : count(pieces(height, kTileRows)), low(height / count), taller(height - low * count) {}
 
-    // B's panels are what the innermost kernel reads.
-    bool b_is_ready() const { return p.packed && (kStep == 2 || !p.bf16); }
-
-    // A tile of A in `steps` rows; `depth` rows of `out` are written to.
-    void pack_rows(int64_t row, int64_t rows, float* out) const {
-        pack_strip(p.a.data + row * p.a.row + k * p.a.column, p.a.row, p.a.column, rows, depth, out, kTileStride);
-        if (kStep == 2) {
-            pair_rows<kTileStride>(out, depth, out);
-        } else if (p.bf16) {
-            round_to_bf16(out, depth * kTileStride);
-        }
-    }
-
-    // Sums of packed rows, which lie in the first-level cache now. Only who works on the first panel writes them.
-    void sum_rows(const float* packed, int64_t row, int64_t rows, int64_t first) const {
-        if (!p.row_sums || first > 0) return;
-        const __mmask16 mask = lanes(rows);
-        __m512 sum = k > 0 ? _mm512_maskz_loadu_ps(mask, p.row_sums + row) : _mm512_setzero_ps();
-        for (int64_t i = 0; i < depth; ++i) sum = _mm512_add_ps(sum, _mm512_loadu_ps(packed + i * kTileStride));
-        _mm512_mask_storeu_ps(p.row_sums + row, mask, sum);
-    }
-
-    void pack_columns(int64_t panel, float* out) const {
-        if (p.bf16) return widen_pairs<kPanel>(packed_columns(panel), pairs_of(depth), out);
-        pack_panel(p.b, k, depth, panel * kPanel, p.n, out);
-    }
-
-    const float* packed_columns(int64_t panel) const {
-        if (p.bf16) return p.b.data + (panel * pairs_of(p.k) + k / 2) * kPanel;
-        return p.b.data + (panel * p.k + k) * kPanel;
-    }
-
-    void multiply(const float* a, const float* b, int64_t b_row, int64_t row, int64_t rows, int64_t panel) const {
-        const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
-        const bool wide = width > kLanes;
-        const Tile run = wide ? tile_of<2>(rows) : tile_of<1>(rows);
-        run(a, b, b_row, p.c + row * p.ldc + (p.c_panel ? panel * p.c_panel : column), p.ldc, steps(),
-            lanes(wide ? width - kLanes : width), p.bias ? p.bias + column : nullptr, k > 0);
-    }
+    int64_t edge(int64_t t) const { return t * low + std::min(t, taller); }
+    int64_t height(int64_t t) const { return low + (t < taller); }
 };
 
-// B fits the second-level cache: each tile of A's rows, packed into the first level, meets all of B. Row-major B is
-// read where it lies.
-void multiply_by_tiles(const Range& range, int64_t first, int64_t last, Scratch& for_a, Scratch& for_b) {
-    const Product& p = range.p;
-    const bool in_place = range.b_is_ready() || (!p.packed && p.b.column == 1);
-    float* const a = for_a.floats(kTileStride * range.depth);
-    float* const b = in_place ? nullptr : for_b.floats((last - first) * kPanel * range.depth);
-    if (!in_place) {
-        for (int64_t panel = first; panel < last; ++panel) {
-            range.pack_columns(panel, b + (panel - first) * kPanel * range.depth);
-        }
-    }
-    const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
-    for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;  // tiles of nearly equal height
-        range.pack_rows(row, rows, a);
-        range.sum_rows(a, row, rows, first);
-        for (int64_t panel = first; panel < last; ++panel) {
-            if (range.b_is_ready()) {
-                range.multiply(a, range.packed_columns(panel), kPanel, row, rows, panel);
-            } else if (in_place) {
-                range.multiply(a, p.b.data + range.k * p.b.row + panel * kPanel, p.b.row, row, rows, panel);
-            } else {
-                range.multiply(a, b + (panel - first) * kPanel * range.depth, kPanel, row, rows, panel);
-            }
+// The order in which products go through A [m, k]: calls body(block). Transposes and pairs like a first k that is a
+// multiple of a vector.
+struct Block {
+    int64_t begin, height, k, depth;
+    int64_t before;  // floats of A packed before
+    int64_t next_k;  // of the block after this one; A's end after the last
+};
+
+template <typename Body>
+PWM_FAST_INLINE void for_blocks(int64_t m, int64_t k, Body body) {
+    const int64_t parts = pieces(k, kLongest), blocks = pieces(m, kBlockRows);
+    const auto edge = [&](int64_t part) { return part < parts ? k * part / parts / kLanes * kLanes : k; };
+    int64_t before = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+        const int64_t from = edge(part), depth = edge(part + 1) - from;
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t begin = m * block / blocks, height = m * (block + 1) / blocks - begin;
+            body(Block{begin, height, from, depth, before, block + 1 < blocks ? from : from + depth});
+            before += pieces(height, kTileRows) * kTileStride * depth;
         }
     }
 }
 
-// B is large: each panel, packed, meets a block of A that stays in the second-level cache.
-void multiply_by_panels(const Range& range, int64_t first, int64_t last, Scratch& for_a, Scratch& for_b) {
-    const Product& p = range.p;
-    const int64_t blocks = (p.m + kBlockRows - 1) / kBlockRows;
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = p.m * block / blocks, height = p.m * (block + 1) / blocks - begin;
-        const int64_t tiles = (height + kTileRows - 1) / kTileRows, tile_floats = kTileStride * range.steps();
-        const auto edge = [&](int64_t t) { return height * t / tiles; };
-        float* const a = for_a.floats(tiles * tile_floats + kTileStride * range.depth);
-        for (int64_t t = 0; t < tiles; ++t) {
-            range.pack_rows(begin + edge(t), edge(t + 1) - edge(t), a + t * tile_floats);
-            range.sum_rows(a + t * tile_floats, begin + edge(t), edge(t + 1) - edge(t), first);
+// row_sums[0 .. rows) = or += sums of a packed tile of A along k, in four chains that do not wait for one another.
+void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums, bool accumulate) {
+    __m512 sums[4] = {};
+    int64_t k = 0;
+    const auto add = [&](int chain) {
+        sums[chain] = _mm512_add_ps(sums[chain], _mm512_loadu_ps(packed + (k + chain) * kTileStride));
+    };
+    for (; k + 4 <= depth; k += 4) {
+        for (int chain = 0; chain < 4; ++chain) add(chain);
+    }
+    for (; k < depth; ++k) add(0);
+    const __mmask16 mask = lanes(rows);
+    const __m512 before = accumulate ? _mm512_maskz_loadu_ps(mask, row_sums) : _mm512_setzero_ps();
+    const __m512 total = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    _mm512_mask_storeu_ps(row_sums, mask, _mm512_add_ps(before, total));
+}
+
+// A block of A in tiles of rows, rounded for products in bfloat16, and its rows' sums where they are wanted.
+void pack_block(const Matrix& a, const Block& block, float* out, float* row_sums, bool bf16 = false) {
+    const Tiles tiles(block.height);
+    for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = block.begin + tiles.edge(t), rows = tiles.height(t);
+        pack_strip(part_of(a, row, block.k).data, a.row, a.column, rows, block.depth, out, kTileStride);
+        if (row_sums) sum_rows(out, rows, block.depth, row_sums + row, block.k > 0);
+        if (bf16 && kStep == 2) {
+            pair_rows<kTileStride>(out, block.depth, out);
+        } else if (bf16) {
+            round_to_bf16(out, block.depth * kTileStride);
         }
+        out += kTileStride * (bf16 && kStep == 2 ? pairs_of(block.depth) : block.depth);
+    }
+}
+
+// One block of a product's A, and where its panels of B are.
+struct BlockProduct {
+    const Product& p;
+    const Block& block;
+
+    int64_t rows_of_b(int64_t length) const { return p.bf16 ? pairs_of(length) : length; }
+    const float* packed(int64_t panel, int64_t k) const {
+        return p.b.data + (panel * rows_of_b(p.k) + rows_of_b(k)) * kPanel;
+    }
+
+    // What tile t of `tiles` asks for of the panel that comes next: a share of a packed one, or row by row one of a
+    // row-major one's two lines. A transposed B's are neighbours along k and come by themselves.
+    Ahead ahead(int64_t panel, int64_t k, int64_t t, int64_t tiles, int64_t steps) const {
+        if (k < p.k && p.packed) {
+            const int64_t floats = rows_of_b(block.depth) * kPanel, bytes = pieces(floats * kFloat, tiles * steps);
+            return {packed(panel, k) + t * bytes * steps / kFloat, bytes};
+        }
+        if (k < p.k && p.b.column == 1 && t * kLine < kPanel) {
+            return {part_of(p.b, k, panel * kPanel + t * kLine).data, p.b.row * kFloat};
+        }
+        return {p.b.data, 0};
+    }
+
+    // Columns of C counted in panels [first, last), from the block's rows of A.
+    void multiply(int64_t first, int64_t last, const float* a, Scratch& for_b) const {
+        const Tiles tiles(block.height);
+        const int64_t k = block.k, depth = block.depth, steps = p.bf16 && kStep == 2 ? pairs_of(depth) : depth;
         for (int64_t panel = first; panel < last; ++panel) {
-            const bool ready = range.b_is_ready();
-            const float* b = ready ? range.packed_columns(panel) : for_b.floats(kPanel * range.depth);
-            if (!ready) range.pack_columns(panel, for_b.floats(kPanel * range.depth));
-            for (int64_t t = 0; t < tiles; ++t) {
-                range.multiply(a + t * tile_floats, b, kPanel, begin + edge(t), edge(t + 1) - edge(t), panel);
+            const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
+            float* const c = p.c + (p.c_panel ? panel * p.c_panel : column);
+            const float* b = packed(panel, k);
+            int64_t b_row = kPanel;
+            if (p.bf16 && kStep == 1) {
+                float* const wide = for_b.floats(2 * kPanel * pairs_of(depth));
+                widen_pairs<kPanel>(b, pairs_of(depth), wide);
+                b = wide;
+            } else if (!p.packed && p.b.column == 1 && width == kPanel && tiles.count == 1) {
+                // A copy that is read once does not pay.
+                b = part_of(p.b, k, column).data;
+                b_row = p.b.row;
+            } else if (!p.packed) {
+                float* const copy = for_b.floats(kPanel * depth);
+                pack_panel(p.b, k, depth, column, p.n, copy);
+                b = copy;
+            }
+            const bool wide = width > kLanes, ends = panel + 1 == last;
+            const Tile* const run = wide ? kTiles<2> : kTiles<1>;
+            const __mmask16 mask = lanes(wide ? width - kLanes : width);
+            for (int64_t t = 0; t < tiles.count; ++t) {
+                const Ahead next = ahead(ends ? first : panel + 1, ends ? block.next_k : k, t, tiles.count, steps);
+                float* const rows = c + (block.begin + tiles.edge(t)) * p.ldc;
+                run[tiles.height(t) - 1](a + t * kTileStride * steps, b, b_row, rows, p.ldc, steps, mask,
+                                         p.bias ? p.bias + column : nullptr, k > 0, next);
             }
         }
     }
-}
+};
 
 // One column of C, a value network's output: a scalar product per row reads A once and copies nothing.
 void multiply_column(const Product& p) {
@@ -269,20 +336,21 @@ void multiply_column(const Product& p) {
             const __mmask16 mask = lanes(p.k - k);
             sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, row + k), _mm512_maskz_loadu_ps(mask, p.b.data + k), sum);
         }
-        p.c[i * p.ldc] = bias + _mm512_reduce_add_ps(sum);
+        p.c[i * p.ldc] = bias + sum_lanes(sum);
     }
 }
 
 void multiply(const Product& p, int64_t first, int64_t last) {
-    if (p.n == 1 && !p.packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
+    const bool copied = p.packed || p.a_packed || p.row_sums;
+    if (p.n == 1 && !copied && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
     thread_local Scratch for_a, for_b;
-    const bool small = p.k <= kSmallDepth && p.k * p.n <= kSmall;
-    const int64_t longest = small ? kSmallDepth : kBlockDepth, parts = std::max<int64_t>((p.k + longest - 1) / longest, 1);
-    const int64_t depth = ((p.k + parts - 1) / parts + kLanes - 1) / kLanes * kLanes;
-    for (int64_t k = 0; k < p.k; k += depth) {
-        const Range range{p, k, std::min(p.k - k, depth)};
-        (small ? multiply_by_tiles : multiply_by_panels)(range, first, last, for_a, for_b);
-    }
+    for_blocks(p.m, p.k, [&](const Block& block) {
+        const BlockProduct product{p, block};
+        if (p.a_packed) return product.multiply(first, last, p.a.data + block.before, for_b);
+        float* const a = for_a.floats(pieces(block.height, kTileRows) * kTileStride * block.depth);
+        pack_block(p.a, block, a, first == 0 ? p.row_sums : nullptr, p.bf16);  // one task per row of C sums
+        product.multiply(first, last, a, for_b);
+    });
 }
 
 }  // namespace

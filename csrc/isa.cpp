@@ -1,5 +1,6 @@
 #include "isa.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -70,6 +71,10 @@ const std::vector<Isa>& available_isas() {
         if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512bf16);
 #endif
         if (avx2 && avx512) found.push_back(Isa::avx512);
+        // On Intel's cores dpbf16ps takes more than twice a multiply-add's time (bench/test_native.py): there
+        // it is better to make floats of pairs.
+        const auto pairs = std::find(found.begin(), found.end(), Isa::avx512bf16);
+        if (pairs != found.end() && __builtin_cpu_is("intel")) std::rotate(pairs, pairs + 1, found.end());
         if (avx2) found.push_back(Isa::avx2);
 #endif
         found.push_back(Isa::portable);
