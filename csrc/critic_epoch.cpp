@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,11 +42,16 @@ struct HiddenBuffers {
     Floats pre, y, mean, rstd, gradient;
 };
 
+// What one critic's gradients need.
+struct Workspace {
+    Floats value, error, panels, weight;
+    std::vector<std::unique_ptr<HiddenBuffers>> hidden;
+};
+
 // What one policy's training needs; kept from call to call.
 struct Memory {
     Floats parameters, gradients, m, v, states, packed, packed_transpose, targets;
-    Floats value, error, panels, weight;
-    std::vector<std::unique_ptr<HiddenBuffers>> hidden;
+    std::vector<std::unique_ptr<Workspace>> workspaces;  // one for each thread that has a critic of its own
 };
 
 struct Arrays {
@@ -101,90 +107,12 @@ public:
     }
 
 private:
-    // One policy's critics through all epochs.
-    class Trainer {
+    // One critic's gradients on a minibatch.
+    class CriticGradient {
     public:
-        Trainer(const CriticEpoch& plan, const CriticPanels& panels, Memory& memory, int threads)
-            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), plain_(plain_panels_table()), threads_(threads) {
-            while (memory_.hidden.size() < plan.layers_.size()) memory_.hidden.push_back(std::make_unique<HiddenBuffers>());
-        }
-
-        void train(const Arrays& a, int64_t policy) {
-            const int64_t row = policy * plan_.critics_ * plan_.size_, count = plan_.critics_ * panels_.size();
-            float* const parameters = memory_.parameters.at_least(count);
-            float* const m = memory_.m.at_least(count);
-            float* const v = memory_.v.at_least(count);
-            float* const gradients = memory_.gradients.at_least(count);
-            for (int64_t k = 0; k < plan_.critics_; ++k) {
-                const int64_t from = row + k * plan_.size_, to = k * panels_.size();
-                panels_.load(a.flat + from, parameters + to);
-                panels_.load(a.m + from, m + to);
-                panels_.load(a.v + from, v + to);
-            }
-            std::fill_n(gradients, count, 0.0f);  // padding, which another instruction set may have used
-            std::vector<States> minibatches;
-            double total = 0.0;
-            for (int64_t epoch = 0; epoch < plan_.epochs_; ++epoch) {
-                const int64_t* const order = a.orders + (policy * plan_.epochs_ + epoch) * plan_.rows_;
-                if (epoch == 0 || !std::equal(order, order + plan_.rows_, order - plan_.rows_)) {
-                    minibatches = gather(a.x + policy * a.x_policy, a.x_row, a.targets + policy * plan_.rows_, order);
-                }
-                for (const States& states : minibatches) {
-                    double squares = 0.0;
-                    for (int64_t k = 0; k < plan_.critics_; ++k) {
-                        squares += differentiate(states, parameters + k * panels_.size(), gradients + k * panels_.size());
-                    }
-                    total += squares / static_cast<double>(plan_.critics_ * states.rows);
-                    clip_adam(address(parameters), address(gradients), address(m), address(v), address(a.lr + policy),
-                              reinterpret_cast<Address>(a.steps + policy), reinterpret_cast<Address>(a.active + policy),
-                              address(a.norm + policy), 1, count, plan_.max_norm_, plan_.beta1_, plan_.beta2_, plan_.eps_,
-                              threads_);
-                    a.active[policy] = a.active[policy] && std::isfinite(a.norm[policy]);
-                }
-            }
-            a.loss[policy] = static_cast<float>(total / static_cast<double>(plan_.epochs_ * plan_.minibatches_));
-            for (int64_t k = 0; k < plan_.critics_; ++k) {
-                const int64_t to = row + k * plan_.size_, from = k * panels_.size();
-                panels_.store(parameters + from, a.flat + to);
-                panels_.store(m + from, a.m + to);
-                panels_.store(v + from, a.v + to);
-            }
-        }
-
-    private:
-        static Address address(const float* data) { return reinterpret_cast<Address>(data); }
-
-        // The rows of every minibatch, as torch.tensor_split has them: the first ones take what is left over.
-        std::vector<States> gather(const float* x, int64_t x_row, const float* targets, const int64_t* order) {
-            const int64_t width = plan_.layers_[0].inputs, rows = plan_.rows_, parts = plan_.minibatches_;
-            float* const states = memory_.states.at_least(rows * width);
-            float* const chosen = memory_.targets.at_least(rows);
-            for (int64_t i = 0; i < rows; ++i) {
-                std::copy_n(x + order[i] * x_row, width, states + i * width);
-                chosen[i] = targets[order[i]];
-            }
-            const bool packs = table_.pack_rows != nullptr;
-            const int64_t longest = rows / parts + 1;
-            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, tf32_) : 0;
-            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, tf32_) : 0;
-            float* const packed = memory_.packed.at_least(parts * floats);
-            float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
-            std::vector<States> minibatches;
-            for (int64_t part = 0, first = 0; part < parts; ++part) {
-                const int64_t count = rows / parts + (part < rows % parts);
-                States s{count, width, states + first * width, nullptr, nullptr, chosen + first};
-                if (packs) {
-                    float* const forward = packed + part * floats;
-                    float* const transposed = packed_transpose + part * floats_transposed;
-                    table_.pack_rows({s.plain, width, 1}, count, width, tf32_, forward);
-                    table_.pack_rows({s.plain, 1, width}, width, count, tf32_, transposed);
-                    s.packed = forward, s.packed_transpose = transposed;
-                }
-                minibatches.push_back(s);
-                first += count;
-            }
-            return minibatches;
-        }
+        CriticGradient(const CriticEpoch& plan, const CriticPanels& panels, Workspace& memory, int threads, bool tf32)
+            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), plain_(plain_panels_table()),
+              threads_(threads), tf32_(tf32) {}
 
         // Overwrites one critic's gradients with those of the mean squared error over critics and rows; its sum of squares.
         double differentiate(const States& states, const float* parameters, float* gradients) {
@@ -209,6 +137,7 @@ private:
             return squares;
         }
 
+    private:
         // Output [rows, outputs] of a hidden layer.
         Matrix kept(size_t layer) const {
             return {memory_.hidden[layer]->y.at_least(0), plan_.layers_[layer].outputs, 1};
@@ -275,9 +204,118 @@ private:
 
         const CriticEpoch& plan_;
         const CriticPanels& panels_;
-        Memory& memory_;
+        Workspace& memory_;
         const GemmTable& table_;
         const GemmTable& plain_;  // whose panels hold parameters and gradients
+        const int threads_;
+        const bool tf32_;
+    };
+
+    // One policy's critics through all epochs.
+    class Trainer {
+    public:
+        Trainer(const CriticEpoch& plan, const CriticPanels& panels, Memory& memory, int threads)
+            : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), threads_(threads) {
+            while (memory_.workspaces.size() < static_cast<size_t>(std::min<int64_t>(threads, plan.critics_))) {
+                memory_.workspaces.push_back(std::make_unique<Workspace>());
+                auto& hidden = memory_.workspaces.back()->hidden;
+                while (hidden.size() < plan.layers_.size()) hidden.push_back(std::make_unique<HiddenBuffers>());
+            }
+        }
+
+        void train(const Arrays& a, int64_t policy) {
+            const int64_t row = policy * plan_.critics_ * plan_.size_, count = plan_.critics_ * panels_.size();
+            float* const parameters = memory_.parameters.at_least(count);
+            float* const m = memory_.m.at_least(count);
+            float* const v = memory_.v.at_least(count);
+            float* const gradients = memory_.gradients.at_least(count);
+            for (int64_t k = 0; k < plan_.critics_; ++k) {
+                const int64_t from = row + k * plan_.size_, to = k * panels_.size();
+                panels_.load(a.flat + from, parameters + to);
+                panels_.load(a.m + from, m + to);
+                panels_.load(a.v + from, v + to);
+            }
+            std::fill_n(gradients, count, 0.0f);  // padding, which another instruction set may have used
+            std::vector<States> minibatches;
+            double total = 0.0;
+            for (int64_t epoch = 0; epoch < plan_.epochs_; ++epoch) {
+                const int64_t* const order = a.orders + (policy * plan_.epochs_ + epoch) * plan_.rows_;
+                if (epoch == 0 || !std::equal(order, order + plan_.rows_, order - plan_.rows_)) {
+                    minibatches = gather(a.x + policy * a.x_policy, a.x_row, a.targets + policy * plan_.rows_, order);
+                }
+                for (const States& states : minibatches) {
+                    const double squares = differentiate_all(states, parameters, gradients);
+                    total += squares / static_cast<double>(plan_.critics_ * states.rows);
+                    clip_adam(address(parameters), address(gradients), address(m), address(v), address(a.lr + policy),
+                              reinterpret_cast<Address>(a.steps + policy), reinterpret_cast<Address>(a.active + policy),
+                              address(a.norm + policy), 1, count, plan_.max_norm_, plan_.beta1_, plan_.beta2_, plan_.eps_,
+                              threads_);
+                    a.active[policy] = a.active[policy] && std::isfinite(a.norm[policy]);
+                }
+            }
+            a.loss[policy] = static_cast<float>(total / static_cast<double>(plan_.epochs_ * plan_.minibatches_));
+            for (int64_t k = 0; k < plan_.critics_; ++k) {
+                const int64_t to = row + k * plan_.size_, from = k * panels_.size();
+                panels_.store(parameters + from, a.flat + to);
+                panels_.store(m + from, a.m + to);
+                panels_.store(v + from, a.v + to);
+            }
+        }
+
+    private:
+        static Address address(const float* data) { return reinterpret_cast<Address>(data); }
+
+        // The rows of every minibatch, as torch.tensor_split has them: the first ones take what is left over.
+        std::vector<States> gather(const float* x, int64_t x_row, const float* targets, const int64_t* order) {
+            const int64_t width = plan_.layers_[0].inputs, rows = plan_.rows_, parts = plan_.minibatches_;
+            float* const states = memory_.states.at_least(rows * width);
+            float* const chosen = memory_.targets.at_least(rows);
+            for (int64_t i = 0; i < rows; ++i) {
+                std::copy_n(x + order[i] * x_row, width, states + i * width);
+                chosen[i] = targets[order[i]];
+            }
+            const bool packs = table_.pack_rows != nullptr;
+            const int64_t longest = rows / parts + 1;
+            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, tf32_) : 0;
+            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, tf32_) : 0;
+            float* const packed = memory_.packed.at_least(parts * floats);
+            float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
+            std::vector<States> minibatches;
+            for (int64_t part = 0, first = 0; part < parts; ++part) {
+                const int64_t count = rows / parts + (part < rows % parts);
+                States s{count, width, states + first * width, nullptr, nullptr, chosen + first};
+                if (packs) {
+                    float* const forward = packed + part * floats;
+                    float* const transposed = packed_transpose + part * floats_transposed;
+                    table_.pack_rows({s.plain, width, 1}, count, width, tf32_, forward);
+                    table_.pack_rows({s.plain, 1, width}, width, count, tf32_, transposed);
+                    s.packed = forward, s.packed_transpose = transposed;
+                }
+                minibatches.push_back(s);
+                first += count;
+            }
+            return minibatches;
+        }
+
+        // Overwrites all critics' gradients; their sum of squared errors. Threads take a critic each as long as there are
+        // enough, and share the products of those that are left.
+        double differentiate_all(const States& states, const float* parameters, float* gradients) {
+            std::vector<double> squares(static_cast<size_t>(plan_.critics_));
+            const auto differentiate = [&](int64_t k, int64_t slot, int threads) {
+                CriticGradient one(plan_, panels_, *memory_.workspaces[static_cast<size_t>(slot)], threads, tf32_);
+                squares[static_cast<size_t>(k)] =
+                    one.differentiate(states, parameters + k * panels_.size(), gradients + k * panels_.size());
+            };
+            const int64_t apart = threads_ < plan_.critics_ ? plan_.critics_ - plan_.critics_ % threads_ : plan_.critics_;
+            WorkerPool::instance().run(apart, threads_, [&](int64_t k, int slot) { differentiate(k, slot, 1); });
+            for (int64_t k = apart; k < plan_.critics_; ++k) differentiate(k, 0, threads_);
+            return std::accumulate(squares.begin(), squares.end(), 0.0);
+        }
+
+        const CriticEpoch& plan_;
+        const CriticPanels& panels_;
+        Memory& memory_;
+        const GemmTable& table_;
         const int threads_;
         const bool tf32_ = tf32_allowed();
     };

@@ -50,9 +50,11 @@ public:
             std::lock_guard<std::mutex> lock(mutex_);
             while (workers_ < job->helpers && start_worker()) ++workers_;
             job_ = job;
+            posted_.fetch_add(1);
         }
-        wake_.notify_all();
+        if (asleep_.load() > 0) wake_.notify_all();
         job->claim(0);
+        spin_until([&] { return job->done.load() == tasks; });
         std::unique_lock<std::mutex> lock(mutex_);
         finished_.wait(lock, [&] { return job->done.load() == tasks; });
         job_.reset();
@@ -96,16 +98,34 @@ private:
         }
     }
 
+    // Jobs of one step follow each other within microseconds, and to wake a thread takes tens of them: who waits looks for
+    // that long before it sleeps.
+    template <typename Done>
+    static void spin_until(const Done& done) {
+        constexpr int kLooks = 2000;  // some 30 us
+        for (int i = 0; i < kLooks && !done(); ++i) {
+#if defined(__x86_64__) || defined(__i386__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+
     void serve() {
-        std::shared_ptr<Job> seen;
+        int64_t known = -1;
         for (;;) {
+            spin_until([&] { return posted_.load() != known; });
+            std::shared_ptr<Job> job;
             {
                 std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return job_ != nullptr && job_ != seen; });
-                seen = job_;
+                ++asleep_;
+                wake_.wait(lock, [&] { return posted_.load() != known; });
+                --asleep_;
+                known = posted_.load();
+                job = job_;
             }
-            const int slot = seen->joined.fetch_add(1) + 1;
-            if (slot <= seen->helpers && seen->claim(slot)) {
+            if (!job) continue;  // done before this thread looked
+            const int slot = job->joined.fetch_add(1) + 1;
+            if (slot <= job->helpers && job->claim(slot)) {
                 std::lock_guard<std::mutex> lock(mutex_);
                 finished_.notify_one();
             }
@@ -116,6 +136,8 @@ private:
     std::mutex mutex_;  // guards job_ and the two conditions
     std::condition_variable wake_, finished_;
     std::shared_ptr<Job> job_;
+    std::atomic<int64_t> posted_{0};  // jobs so far
+    std::atomic<int> asleep_{0};
     int workers_ = 0;
 };
 
