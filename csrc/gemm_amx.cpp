@@ -7,13 +7,19 @@
 // Tiles hold 16 rows of 32 places along k, as 16 words of two bfloat16. Within such a step word j holds places j and
 // j + 16 in A and in B: whole vectors become words, without a shuffle between their halves. Numbers below 1.2e-38 count as
 // zero, and where a factor is infinite the result is NaN.
-#include "gemm_tiles_avx512.hpp"
+#define PWM_FAST_LANES 16
+#include "gemm_parts.hpp"
+#include "transpose_avx512.hpp"
 
+#include <immintrin.h>
+
+#include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace pwm_fast {
 namespace {
-namespace amx {
 
 constexpr int64_t kRows = 16;          // of a tile
 constexpr int64_t kDepth = 32;         // places along k of a tile
@@ -22,12 +28,11 @@ constexpr int64_t kBlock = 2 * kRows;  // C is worked on in blocks of 2 by 2 til
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kBlockFloats = 1 << 18;  // of a block of A: half of the second-level cache
 
-static_assert(kPanel == kBlock, "plain panels of B and C are AVX-512's");
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Parts of a factor that count; what pack() wrote has all three.
 constexpr int64_t splits_of(const Product& p) { return p.bf16 ? 1 : p.tf32 ? 2 : 3; }
 constexpr int64_t splits_of(bool tf32) { return tf32 ? 2 : 3; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- Floats to words of bfloat16 --------------------------------------------------------------------------------------
 
@@ -115,8 +120,8 @@ struct Strips {
 // ---- Tiles of C -------------------------------------------------------------------------------------------------------
 
 // What the eight registers hold: C's tiles in 0 to 3, A's in 4 and 5, B's in 6 and 7, all of 16 rows of 64 bytes.
-struct Tiles {
-    Tiles() {
+struct TileShapes {
+    TileShapes() {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -124,9 +129,9 @@ struct Tiles {
         } shapes;
         _tile_loadconfig(&shapes);
     }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-    ~Tiles() { _tile_release(); }
+    TileShapes(const TileShapes&) = delete;
+    TileShapes& operator=(const TileShapes&) = delete;
+    ~TileShapes() { _tile_release(); }
 };
 
 // Where a tile of C comes from and goes to; C itself where it is whole.
@@ -299,13 +304,13 @@ void pack_rows(const Matrix& a, int64_t m, int64_t k, bool tf32, float* out) {
 
 // A panel of B from k on, 32 columns as the places of strips.
 Strips panel_of(const Product& p, int64_t panel, int64_t k, int64_t depth) {
-    const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
+    const int64_t column = panel * kBlock, width = std::min(p.n - column, kBlock);
     if (p.turned) {
-        return {p.b.data + k * p.n + column * kPanel, kPanel, 1, kPanel * p.n, width, depth, false};
+        return {p.b.data + k * p.n + column * kBlock, kBlock, 1, kBlock * p.n, width, depth, false};
     }
     if (p.packed) {
-        const float* const from = p.b.data + (panel * p.k + k) * kPanel;
-        return {from, 1, kPanel, kDepth * kPanel, width, depth, false};
+        const float* const from = p.b.data + (panel * p.k + k) * kBlock;
+        return {from, 1, kBlock, kDepth * kBlock, width, depth, false};
     }
     const float* const from = p.b.data + k * p.b.row + column * p.b.column;
     return {from, p.b.column, p.b.row, kDepth * p.b.row, width, depth, false};
@@ -314,7 +319,7 @@ Strips panel_of(const Product& p, int64_t panel, int64_t k, int64_t depth) {
 void pack_columns(const Matrix& b, int64_t k, int64_t n, bool bf16, float* out) {
     Product p{1, n, k, {}, b, false, nullptr, 0, nullptr, nullptr};
     p.bf16 = bf16;
-    for (int64_t panel = 0; panel * kPanel < n; ++panel, out += strips_floats(k, splits_of(p))) {
+    for (int64_t panel = 0; panel * kBlock < n; ++panel, out += strips_floats(k, splits_of(p))) {
         panel_of(p, panel, 0, k).pack(splits_of(p), out);
     }
 }
@@ -348,7 +353,7 @@ bool worth_tiles(const Product& p) {
 void multiply(const Product& p, int64_t first, int64_t last) {
     if (!worth_tiles(p)) return gemm_avx512().multiply(p, first, last);
     thread_local Scratch for_a, for_b;
-    const Tiles tiles;
+    const TileShapes shapes;
     const int64_t splits = splits_of(p);
     const auto run = splits == 1 ? multiply_block<1> : splits == 2 ? multiply_block<2> : multiply_block<3>;
     const bool ready = p.packed && !p.plain_panels;
@@ -361,13 +366,13 @@ void multiply(const Product& p, int64_t first, int64_t last) {
         if (packed) pack_block(p.a, row, rows, k, depth, splits, packed);
         float* const strip = ready ? nullptr : for_b.floats(strips);
         for (int64_t panel = first; panel < last; ++panel) {
-            const int64_t column = panel * kPanel, width = std::min(p.n - column, kPanel);
+            const int64_t column = panel * kBlock, width = std::min(p.n - column, kBlock);
             if (!ready) panel_of(p, panel, k, depth).pack(splits, strip);
             const float* const b = ready ? p.b.data + panel * strips_floats(p.k, b_splits) + strips_floats(k, b_splits) : strip;
             Fetch fetch;
             if (p.packed && !p.turned && panel + 1 < last) {
-                fetch.from = ready ? b + strips_floats(p.k, b_splits) : p.b.data + ((panel + 1) * p.k + k) * kPanel;
-                fetch.lines = ceil_div((ready ? steps * b_step : depth * kPanel) / kLanes, steps * ceil_div(rows, kBlock));
+                fetch.from = ready ? b + strips_floats(p.k, b_splits) : p.b.data + ((panel + 1) * p.k + k) * kBlock;
+                fetch.lines = ceil_div((ready ? steps * b_step : depth * kBlock) / kLanes, steps * ceil_div(rows, kBlock));
                 if (fetch.lines > kMostLines) fetch.lines = 0;
             }
             float* const c = p.c + row * p.ldc + (p.c_panel ? panel * p.c_panel : column);
@@ -379,15 +384,14 @@ void multiply(const Product& p, int64_t first, int64_t last) {
     });
 }
 
-}  // namespace amx
 }  // namespace
 
 const GemmTable& gemm_amx() {
     static const GemmTable table = [] {
         GemmTable t = gemm_avx512();
-        t.panel_row = 3 * kPanel / 2;
-        t.multiply = amx::multiply, t.pack = amx::pack, t.pack_bf16 = amx::pack_bf16, t.packed_floats = amx::packed_floats;
-        t.pack_rows = amx::pack_rows, t.packed_rows_floats = amx::packed_rows_floats;
+        t.panel_row = 3 * kBlock / 2;
+        t.multiply = multiply, t.pack = pack, t.pack_bf16 = pack_bf16, t.packed_floats = packed_floats;
+        t.pack_rows = pack_rows, t.packed_rows_floats = packed_rows_floats;
         return t;
     }();
     return table;

@@ -5,17 +5,14 @@
 // Included by one source file per instruction set (see elementwise_vector.hpp).
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 
 #include "elementwise_vector.hpp"
 #include "gemm.hpp"
 #include "gemm_bf16.hpp"
+#include "gemm_parts.hpp"
 
 namespace {
-
-using pwm_fast::Matrix;
-using pwm_fast::Product;
 
 constexpr int64_t kTileRows = 6;         // 12 accumulators, 2 columns of B and a broadcast: 15 of 16 registers
 constexpr int64_t kPanel = 2 * kLanes;   // columns of B packed side by side
@@ -24,9 +21,7 @@ constexpr int64_t kBlockRows = 43 * 6;   // A's block then takes 272 of 512 KB
 constexpr int64_t kLine = 16;            // floats of a cache line
 constexpr int64_t kSlack = 16;           // floats that whole vectors may touch beyond the last packed ones
 
-PWM_FAST_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PWM_FAST_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-PWM_FAST_INLINE int64_t pieces(int64_t length, int64_t longest) { return most((length + longest - 1) / longest, 1); }
+using Tiles = TilesOfRows<kTileRows>;
 
 PWM_FAST_INLINE Vec multiply_add(float a, Vec b, Vec c) {
 #if defined(__AVX2__)
@@ -151,29 +146,6 @@ void pack_panel(const Matrix& b, int64_t first_k, int64_t depth, int64_t column,
     pack_strip<kPanel>(b.data + first_k * b.row + column * b.column, b.column, b.row, least(n - column, kPanel), depth, out);
 }
 
-// Memory that a thread keeps between products; its content is never read before it is written.
-class Scratch {
-public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { std::free(memory_); }
-
-    float* floats(int64_t count) {
-        if (count > size_) {
-            std::free(memory_);
-            memory_ = std::malloc(static_cast<size_t>(count + kSlack + 16) * sizeof(float));
-            if (memory_ == nullptr) std::abort();  // a few hundred KB: nothing can go on without them
-            size_ = count;
-        }
-        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
-    }
-
-private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
 // row_sums[0 .. rows) = or += sums of a packed tile of A along k, in four chains that do not wait for one another.
 void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums, bool accumulate) {
     constexpr int kVectors = (kTileRows + kLanes - 1) / kLanes;
@@ -198,21 +170,6 @@ void sum_rows(const float* packed, int64_t rows, int64_t depth, float* row_sums,
 PWM_FAST_INLINE void fetch(const float* from, int64_t step, int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) __builtin_prefetch(from + line * step, 0, 2);
 }
-
-PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
-    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
-}
-
-// A block's rows in tiles of nearly equal heights. One division: two in each tile took a fortieth of a product.
-struct Tiles {
-    int64_t count, low, taller;
-
-    PWM_FAST_INLINE explicit Tiles(int64_t height)
-        : count(pieces(height, kTileRows)), low(height / count), taller(height - low * count) {}
-
-    PWM_FAST_INLINE int64_t edge(int64_t t) const { return t * low + least(t, taller); }
-    PWM_FAST_INLINE int64_t height(int64_t t) const { return low + (t < taller); }
-};
 
 // The order in which products go through A [m, k]: calls body(first row, rows, first k, depth, floats of A before). Pairs
 // need a first k that is even.
@@ -293,25 +250,8 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
     }
 }
 
-// One column of C, a value network's output: a scalar product per row reads A once and copies nothing.
-void multiply_column(const Product& p) {
-    const float bias = p.bias ? *p.bias : 0.0f;
-    for (int64_t i = 0; i < p.m; ++i) {
-        const float* const row = p.a.data + i * p.a.row;
-        Vec sums[4] = {};
-        int64_t k = 0;
-        for (; k + 4 * kLanes <= p.k; k += 4 * kLanes) {
-            for (int j = 0; j < 4; ++j) {
-                sums[j] += Whole{}.load(row + k + j * kLanes) * Whole{}.load(p.b.data + k + j * kLanes);
-            }
-        }
-        for_columns(p.k - k, [&](int64_t c, auto part) { sums[0] += part.load(row + k + c) * part.load(p.b.data + k + c); });
-        p.c[i * p.ldc] = bias + sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    }
-}
-
 void multiply(const Product& p, int64_t first, int64_t last) {
-    if (p.n == 1 && !p.packed && !p.a_packed && !p.row_sums && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
+    if (is_column(p)) return multiply_column(p);
     thread_local Scratch for_a, for_b;
     for_blocks(p.m, p.k, [&](int64_t begin, int64_t height, int64_t k, int64_t depth, int64_t before) {
         if (p.a_packed) return multiply_block(p, first, last, begin, height, k, depth, p.a.data + before, for_b);

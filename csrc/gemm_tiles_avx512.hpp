@@ -10,11 +10,12 @@
 #define PWM_FAST_LANES 16
 #include "gemm.hpp"
 #include "gemm_bf16.hpp"
+#include "gemm_parts.hpp"
+#include "transpose_avx512.hpp"
 
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace pwm_fast {
 namespace {
@@ -27,10 +28,8 @@ constexpr int64_t kBlockRows = 37 * kTileRows;  // A's block then takes 760 KB o
 constexpr int64_t kLine = 16;                   // floats of a cache line
 constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kAhead = 24 * kTileStride;    // in floats: A's tiles come from the second level, this early
-constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns of its own header in the unmasked forms of some operations
 
-__mmask16 lanes(int64_t count) { return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1u); }
-int64_t pieces(int64_t length, int64_t longest) { return std::max<int64_t>((length + longest - 1) / longest, 1); }
+using Tiles = TilesOfRows<kTileRows>;
 
 #ifdef __AVX512BF16__
 constexpr int64_t kStep = 2;  // places along k that one multiplication takes
@@ -101,51 +100,6 @@ constexpr Tile kTiles[kTileRows] = {
     tile<6, kVectors>, tile<7, kVectors>,  tile<8, kVectors>,  tile<9, kVectors>,  tile<10, kVectors>,
     tile<11, kVectors>, tile<12, kVectors>, tile<13, kVectors>, tile<14, kVectors>};
 
-
-// Four neighbours of each fourth row from `first` on: row `first + 4 g` in quarter g, zero for rows beyond kRows.
-// Loaded so, two stages of shuffles, which one port does, transpose them; whole rows would need four.
-template <int kRows>
-PWM_FAST_INLINE __m512 quarters(const float* in, int64_t in_row, int first) {
-    const auto quarter = [&](int row) { return row < kRows ? _mm_loadu_ps(in + row * in_row) : _mm_setzero_ps(); };
-    __m512 v = _mm512_castps128_ps512(quarter(first));
-    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, quarter(first + 4));
-    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, quarter(first + 8));
-    return _mm512_mask_broadcast_f32x4(v, 0xf000, quarter(first + 12));
-}
-
-// out[k][i] = in[i][k] for kRows rows i and `count` columns k, a multiple of 4; zero for the rest of out's 16 columns.
-template <int kRows>
-void transpose(const float* in, int64_t in_row, int64_t count, float* out, int64_t out_row) {
-    const auto low = [](__m512 x, __m512 y) {
-        return _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, _mm512_castps_pd(x), _mm512_castps_pd(y)));
-    };
-    const auto high = [](__m512 x, __m512 y) {
-        return _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, _mm512_castps_pd(x), _mm512_castps_pd(y)));
-    };
-    for (int64_t k = 0; k < count; k += 4, in += 4, out += 4 * out_row) {
-        const __m512 r0 = quarters<kRows>(in, in_row, 0), r1 = quarters<kRows>(in, in_row, 1);
-        const __m512 r2 = quarters<kRows>(in, in_row, 2), r3 = quarters<kRows>(in, in_row, 3);
-        const __m512 t0 = _mm512_maskz_unpacklo_ps(kAll, r0, r1), t1 = _mm512_maskz_unpackhi_ps(kAll, r0, r1);
-        const __m512 t2 = _mm512_maskz_unpacklo_ps(kAll, r2, r3), t3 = _mm512_maskz_unpackhi_ps(kAll, r2, r3);
-        _mm512_storeu_ps(out, low(t0, t2));
-        _mm512_storeu_ps(out + out_row, high(t0, t2));
-        _mm512_storeu_ps(out + 2 * out_row, low(t1, t3));
-        _mm512_storeu_ps(out + 3 * out_row, high(t1, t3));
-    }
-}
-
-using Transpose = void (*)(const float*, int64_t, int64_t, float*, int64_t);
-
-constexpr Transpose kTransposes[kLanes] = {
-    transpose<1>,  transpose<2>,  transpose<3>,  transpose<4>,  transpose<5>,  transpose<6>,
-    transpose<7>,  transpose<8>,  transpose<9>,  transpose<10>, transpose<11>, transpose<12>,
-    transpose<13>, transpose<14>, transpose<15>, transpose<16>};
-
-// The same for 16 columns.
-inline void transpose_square(const float* in, int64_t in_row, int64_t rows, float* out, int64_t out_row) {
-    kTransposes[rows - 1](in, in_row, kLanes, out, out_row);
-}
-
 // out[k][i] = in(i, k) for `width` <= 16 places i and `depth` places k, with strides `across` in i and `along` in k;
 // zero for the places beyond `width`.
 void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, int64_t depth, float* out,
@@ -165,10 +119,6 @@ void pack_strip(const float* in, int64_t across, int64_t along, int64_t width, i
     }
 }
 
-PWM_FAST_INLINE Matrix part_of(const Matrix& whole, int64_t row, int64_t column) {
-    return {whole.data + row * whole.row + column * whole.column, whole.row, whole.column};
-}
-
 void pack_panel(const Matrix& b, int64_t first_k, int64_t depth, int64_t first_column, int64_t n, float* out) {
     for (int64_t half = 0; half < kPanel; half += kLanes) {
         const int64_t column = first_column + half, width = std::clamp<int64_t>(n - column, 0, kLanes);
@@ -176,41 +126,6 @@ void pack_panel(const Matrix& b, int64_t first_k, int64_t depth, int64_t first_c
         pack_strip(in, b.column, b.row, width, depth, out + half, kPanel);
     }
 }
-
-// Memory that a thread keeps between products; its content is never read before it is written.
-class Scratch {
-public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { std::free(memory_); }
-
-    float* floats(int64_t count) {
-        if (count > size_) {
-            std::free(memory_);
-            const int64_t room = kLine + kPanel;  // for alignment, and a last pair's empty half
-            memory_ = std::malloc(static_cast<size_t>(count + room) * sizeof(float));
-            if (memory_ == nullptr) std::abort();  // a few hundred KB: nothing can go on without them
-            size_ = count;
-        }
-        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
-    }
-
-private:
-    void* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-// A block's rows in tiles of nearly equal heights. One division: tiles do not divide.
-struct Tiles {
-    int64_t count, low, taller;
-
-    explicit Tiles(int64_t height)
-        : count(pieces(height, kTileRows)), low(height / count), taller(height - low * count) {}
-
-    int64_t edge(int64_t t) const { return t * low + std::min(t, taller); }
-    int64_t height(int64_t t) const { return low + (t < taller); }
-};
 
 // The order in which products go through A [m, k]: calls body(block). Transposes and pairs like a first k that is a
 // multiple of a vector.
@@ -326,23 +241,8 @@ struct BlockProduct {
     }
 };
 
-// One column of C, a value network's output: a scalar product per row reads A once and copies nothing.
-void multiply_column(const Product& p) {
-    const float bias = p.bias ? *p.bias : 0.0f;
-    for (int64_t i = 0; i < p.m; ++i) {
-        const float* const row = p.a.data + i * p.a.row;
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < p.k; k += kLanes) {
-            const __mmask16 mask = lanes(p.k - k);
-            sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, row + k), _mm512_maskz_loadu_ps(mask, p.b.data + k), sum);
-        }
-        p.c[i * p.ldc] = bias + sum_lanes(sum);
-    }
-}
-
 void multiply(const Product& p, int64_t first, int64_t last) {
-    const bool copied = p.packed || p.a_packed || p.row_sums;
-    if (p.n == 1 && !copied && p.a.column == 1 && p.b.row == 1) return multiply_column(p);
+    if (is_column(p)) return multiply_column(p);
     thread_local Scratch for_a, for_b;
     for_blocks(p.m, p.k, [&](const Block& block) {
         const BlockProduct product{p, block};

@@ -62,7 +62,7 @@ class Options:
     device: str = "cpu"
     """cpu or cuda; there a step is one captured graph."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """Of matrix products (tf32), or autocast with float32 parameters (bf16); below fp32 needs a GPU, tf32 one or AMX."""
+    """Of matrix products (tf32: a GPU or AMX), or autocast with float32 parameters (bf16: a GPU)."""
     threads: int | None = None
     """CPU threads (default: all)."""
     checkpoint_minutes: float = 2.0

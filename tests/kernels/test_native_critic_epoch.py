@@ -139,9 +139,11 @@ def test_any_shape(
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("policies", [1, 12], ids=["rows-split", "policies-split"])
-def test_threads_do_not_change_a_bit(policies: int) -> None:
-    case = Case(policies, 2, (130, 70), 256, 90, 1, 2)
+@pytest.mark.parametrize(
+    "policies, critics", [(1, 1), (1, 3), (12, 2)], ids=["products-split", "critics-split", "policies-split"]
+)
+def test_threads_do_not_change_a_bit(policies: int, critics: int) -> None:
+    case = Case(policies, critics, (130, 70), 256, 90, 1, 2)
     runs = [case.run(threads=threads) for threads in (1, 2, 5)]
     for critic, state, result in runs[1:]:
         assert torch.equal(critic.parameters.flat, runs[0][0].parameters.flat)

@@ -24,7 +24,7 @@ def starts(policies: int = 2, batch: int = 32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("latent", ["simnorm", "observation"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_gradients_of_ordinary_models_pass(latent: str, precision: str) -> None:
     model = world_model(dtype=torch.float32, latent=latent, tasks=0, termination_dim=11)
     if latent == "observation":
