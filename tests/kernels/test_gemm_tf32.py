@@ -51,7 +51,7 @@ def test_any_shape(isa: str, rows: int, outputs: int, inputs: int) -> None:
     exact = products(x, weight, bias)
     with allowed():
         rounded = products(x, weight, bias)
-    terms = x.double().abs() @ weight.double().abs().T
+    terms = x.double().abs() @ weight.double().abs().T + bias.double().abs()
     for one, other in zip(rounded, exact):
         if isa != "amx":
             assert torch.equal(one, other)
