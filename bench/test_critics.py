@@ -6,6 +6,12 @@
 multiply-adds at the speed that one core reaches in registers, in turn with the updates; all else counts as lost. Times
 are CPU seconds, the fastest of several; both start from the same critics and must agree in float32 before a speed
 counts.
+
+With AVX2 (Zen 3) 55 to 59% of that peak at 1M, 63 to 70% at 5M, 66% at 48M; with AMX (Intel) 67 to 69%, 75 to 78%, 79
+to 80%, with AVX-512 there 50 to 58%. Of the time with AMX at 5M, the tiles' products take 57%, making tiles 13%,
+LayerNorm with Mish 12%, Adam 10% and the norm 3%, both at the speed of the third-level cache: parameters, gradients
+and moments of three critics are 14 MB. Quotients and roots without the divider and norms taken while gradients are in
+the cache changed nothing.
 """
 
 from __future__ import annotations

@@ -35,6 +35,14 @@ rows on packed weights reach 73 to 90%, of 1024 rows 60 to 96%, critics' product
 and 0.92 to 1.16 of MKL's speed, which wins input gradients. bf16 as floats made of pairs: 0.84 to 0.99 of float32's
 speed; as pairs by dpbf16ps, which takes more than twice a multiply-add's time there, 0.55 to 0.59.
 
+With AMX (the same core, 3400 to 3800 GFLOP/s in tiles of bfloat16, a sixth of it for float32) products of 64 rows on
+packed weights reach 91 to 122% of the multiply-adds' peak, of 1024 rows 99 to 167%, critics' products 88 to 128%, 1.3
+to 1.9 times MKL's speed; bf16 1.8 to 3.3 times that. What keeps them from a sixth of the tiles' peak, 240%: a float32
+weight is 6 bytes there, and 64 rows on weights beyond 2 MB take as long as the third level gives them, 13 to 15 GB/s
+to tile loads where plain loads have 28; factors that are split for one product; tiles from the second level (0.8 of
+the speed from the first). Asking for tiles ahead helped where many rows share a panel only; making the next panel's
+tiles between the products did not.
+
 The peak is a loop of multiply-adds in registers, timed in turn with the products: on a shared core it moves with them.
 Times are CPU seconds of this thread. `best` is the fastest of many calls; `mean`, over all of them, includes what other
 work on the core takes from both. Every product is compared with float64 before its speed counts.
@@ -205,7 +213,7 @@ def wall_seconds(step: Callable[[], object], repeats: int) -> float:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", STEPS)
 def test_steps(size: str, threads: int, monkeypatch: pytest.MonkeyPatch, record_property: Callable) -> None:
-    """The step of `published-code` on native products in float32 and in bf16, on torch's, and as plain autograd.
+    """The step of `published-code` on native products in every precision, on torch's, and as plain autograd.
 
     CPU seconds on one thread; on two the time of day, which other work on the machine lengthens.
     """
@@ -213,14 +221,16 @@ def test_steps(size: str, threads: int, monkeypatch: pytest.MonkeyPatch, record_
     model, preset = make_world_model(size), PRESETS["published-code"]
     native, eager = (Extraction(model, preset, task_ids=[3]) for _ in range(2))
     naive, (obs, noise) = NaiveExtraction(model, native), batch()
-    cosine = check_precision(model, preset, obs, "bf16", torch.tensor([3]))
-    low = Extraction(model, preset, task_ids=[3], precision="bf16")
+    lower = [precision for precision in backend.cpu_precisions() if precision != "fp32"]
+    cosines = {name: check_precision(model, preset, obs, name, torch.tensor([3])) for name in lower}
     steps = {
         "autograd": lambda: naive.step(obs[0], noise[0]),
         "torch": forced(monkeypatch, "torch", lambda: eager.step(obs)),
         "native": forced(monkeypatch, "native", lambda: native.step(obs)),
-        "bf16": forced(monkeypatch, "native", lambda: low.step(obs)),
     }
+    for name in lower:
+        low = Extraction(model, preset, task_ids=[3], precision=name)
+        steps[name] = forced(monkeypatch, "native", partial(low.step, obs))
     measure, before = cpu_seconds if threads == 1 else wall_seconds, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -228,13 +238,12 @@ def test_steps(size: str, threads: int, monkeypatch: pytest.MonkeyPatch, record_
     finally:
         torch.set_num_threads(before)
     best = {name: min(r[name] for r in rounds) for name in steps}
-    print(
-        f"\n  step at {size}, {threads} threads: autograd {1e3 * best['autograd']:.0f} ms; on torch's products "
-        f"{1e3 * best['torch']:.0f} ms, ratio {best['autograd'] / best['torch']:.2f}; native "
-        f"{1e3 * best['native']:.0f} ms, ratio {best['autograd'] / best['native']:.2f}; in bf16 "
-        f"{1e3 * best['bf16']:.0f} ms, ratio {best['autograd'] / best['bf16']:.2f}, gradient cosine {cosine:.6f}",
-        end="",
+    ratios = "; ".join(
+        f"{name} {1e3 * seconds:.0f} ms, ratio {best['autograd'] / seconds:.2f}"
+        + (f", gradient cosine {cosines[name]:.6f}" if name in cosines else "")
+        for name, seconds in best.items()
     )
+    print(f"\n  step at {size}, {threads} threads ({backend.native.isa()}): {ratios}", end="")
     for name, seconds in best.items():
         record_property(f"{size}_{threads}_{name}_ms", 1e3 * seconds)
 

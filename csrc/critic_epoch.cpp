@@ -3,7 +3,7 @@
 //
 // What layer-by-layer calls did again for every minibatch is done once per call: weights, moments and gradients stay in the
 // products' order (critic_panels.hpp), and so do the states, forwards and transposed, as long as epochs take the rows in
-// one order. Policies are shared out among the threads; a few are worked on by all of them. Sums are taken in one order.
+// one order. Policies are shared out among the threads, or else critics, or else products. Sums are taken in one order.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
