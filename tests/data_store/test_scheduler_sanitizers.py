@@ -1,4 +1,5 @@
-"""Starts, stops, resizes and breaks the scheduler 10,000 times under ThreadSanitizer and AddressSanitizer."""
+"""The scheduler started, stopped, resized and broken 10,000 times under ThreadSanitizer and AddressSanitizer, and as
+many jobs for the worker threads of the kernels."""
 
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
-    """Configures with the package's own CMakeLists.txt, and builds the stress program alone."""
+def build(folder: Path, sanitizer: str, program: str) -> subprocess.CompletedProcess[str]:
+    """Configures with the package's own CMakeLists.txt, and builds one stress program alone."""
     import pybind11
 
     configure = [
@@ -26,18 +27,17 @@ def build(folder: Path, sanitizer: str) -> subprocess.CompletedProcess[str]:
     ]  # fmt: skip
     done = subprocess.run(configure, capture_output=True, text=True)
     if done.returncode == 0:
-        done = subprocess.run(
-            ["cmake", "--build", folder, "--target", "stress_scheduler"], capture_output=True, text=True
-        )
+        done = subprocess.run(["cmake", "--build", folder, "--target", program], capture_output=True, text=True)
     return done
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_stress(tmp_path: Path, sanitizer: str) -> None:
-    built = build(tmp_path / "build", sanitizer)
+@pytest.mark.parametrize("program", ["stress_scheduler", "stress_threads"])
+def test_stress(tmp_path: Path, program: str, sanitizer: str) -> None:
+    built = build(tmp_path / "build", sanitizer, program)
     assert built.returncode == 0, built.stdout + built.stderr
     done = subprocess.run(
-        [tmp_path / "build" / "stress_scheduler", "10000"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
+        [tmp_path / "build" / program, "10000"], cwd=tmp_path, capture_output=True, text=True, timeout=1500
     )
     print(done.stdout)
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, done.stdout + done.stderr
@@ -45,5 +45,5 @@ def test_stress(tmp_path: Path, sanitizer: str) -> None:
 
 
 def test_an_unknown_sanitizer_is_refused(tmp_path: Path) -> None:
-    done = build(tmp_path / "build", "mind")
+    done = build(tmp_path / "build", "mind", "stress_threads")
     assert done.returncode != 0 and "must be thread or address, got 'mind'" in done.stderr
