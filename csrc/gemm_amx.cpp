@@ -47,11 +47,7 @@ void pack_block(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t d
 }
 
 int64_t packed_rows_floats(int64_t m, int64_t k, bool tf32) {
-    int64_t count = 0;
-    for_blocks(m, k, splits_of(tf32), [&](int64_t, int64_t rows, int64_t, int64_t depth, int64_t) {
-        count += ceil_div(rows, kBlock) * strips_floats(depth, splits_of(tf32));
-    });
-    return count;
+    return ceil_div(m, kBlock) * strips_floats(k, splits_of(tf32));  // blocks end where strips and steps do
 }
 
 void pack_rows(const Matrix& a, int64_t m, int64_t k, bool tf32, float* out) {
