@@ -44,8 +44,9 @@ def check_device(device: str, precision: str, on_cpu: Sequence[str] = ("fp32",))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device}: torch {torch.__version__} sees no GPU; use --device cpu")
     if precision not in on_cpu and not device.startswith("cuda"):
+        needed = "a GPU (--device cuda)" + (" or a CPU with AMX" if precision == "tf32" else "")
         raise ValueError(
-            f"precision {precision} needs a GPU (--device cuda), got --device {device}: use {' or '.join(on_cpu)} there"
+            f"precision {precision} needs {needed}, got --device {device}: use {' or '.join(on_cpu)} there"
         )
 
 

@@ -124,7 +124,7 @@ def test_interruptions_say_how_to_go_on(stop, code: int, text: str, capsys):
         (
             "extract",
             {"--precision": "tf32"},
-            "precision tf32 needs a GPU (--device cuda), got --device cpu: use fp32 or bf16 there",
+            "tf32 needs a GPU (--device cuda) or a CPU with AMX, got --device cpu: use fp32 or bf16 there",
         ),
     ],
 )
