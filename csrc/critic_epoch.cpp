@@ -30,12 +30,11 @@ namespace {
 
 // States [rows, width] of one minibatch as the two products of the first layer read them.
 struct States {
-    int64_t rows, width;
-    const float *plain, *packed, *packed_transpose;  // the packed ones are null where products take no packed rows
-    const float* targets;
+    int64_t rows;
+    const float *packed, *packed_transpose, *targets;
 
-    Matrix forward() const { return {packed ? packed : plain, width, 1}; }
-    Matrix transposed() const { return {packed ? packed_transpose : plain, 1, width}; }
+    Matrix forward() const { return {packed, 0, 0}; }
+    Matrix transposed() const { return {packed_transpose, 0, 0}; }
 };
 
 struct HiddenBuffers {
@@ -126,7 +125,7 @@ private:
                 float* const y = b.y.at_least(rows * l.outputs);
                 Product product{rows, l.outputs, l.inputs, i ? kept(i - 1) : states.forward(), {parameters + p.weight, 0, 0},
                                 true, pre, l.outputs, parameters + p.bias, nullptr};
-                product.a_packed = !i && states.packed;
+                product.a_packed = i == 0;
                 product.plain_panels = true, product.tf32 = tf32_;  // as the states were packed
                 multiply_on_threads(product, threads_);
                 mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
@@ -181,7 +180,7 @@ private:
             column_sums(d, gradients + p.bias, rows, l.outputs);
             const Matrix in = i ? Matrix{kept(i - 1).data, 1, l.inputs} : states.transposed();
             Product product{l.inputs, l.outputs, rows, in, {d, l.outputs, 1}, false, gradients + p.weight, width, nullptr, nullptr};
-            product.a_packed = !i && states.packed;
+            product.a_packed = i == 0;
             if (&table_ == &plain_) {
                 float* const panels = memory_.panels.at_least(panels_.panels(l.outputs) * width * rows);
                 table_.pack(product.b, rows, l.outputs, panels);
@@ -274,24 +273,20 @@ private:
                 std::copy_n(x + order[i] * x_row, width, states + i * width);
                 chosen[i] = targets[order[i]];
             }
-            const bool packs = table_.pack_rows != nullptr;
             const int64_t longest = rows / parts + 1;
-            const int64_t floats = packs ? table_.packed_rows_floats(longest, width, tf32_) : 0;
-            const int64_t floats_transposed = packs ? table_.packed_rows_floats(width, longest, tf32_) : 0;
+            const int64_t floats = table_.packed_rows_floats(longest, width, tf32_);
+            const int64_t floats_transposed = table_.packed_rows_floats(width, longest, tf32_);
             float* const packed = memory_.packed.at_least(parts * floats);
             float* const packed_transpose = memory_.packed_transpose.at_least(parts * floats_transposed);
             std::vector<States> minibatches;
             for (int64_t part = 0, first = 0; part < parts; ++part) {
                 const int64_t count = rows / parts + (part < rows % parts);
-                States s{count, width, states + first * width, nullptr, nullptr, chosen + first};
-                if (packs) {
-                    float* const forward = packed + part * floats;
-                    float* const transposed = packed_transpose + part * floats_transposed;
-                    table_.pack_rows({s.plain, width, 1}, count, width, tf32_, forward);
-                    table_.pack_rows({s.plain, 1, width}, width, count, tf32_, transposed);
-                    s.packed = forward, s.packed_transpose = transposed;
-                }
-                minibatches.push_back(s);
+                const float* const plain = states + first * width;
+                float* const forward = packed + part * floats;
+                float* const transposed = packed_transpose + part * floats_transposed;
+                table_.pack_rows({plain, width, 1}, count, width, tf32_, forward);
+                table_.pack_rows({plain, 1, width}, width, count, tf32_, transposed);
+                minibatches.push_back({count, forward, transposed, chosen + first});
                 first += count;
             }
             return minibatches;

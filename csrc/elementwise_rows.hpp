@@ -150,7 +150,7 @@ void layernorm_simnorm_forward(const float* x, const float* w, const float* b, f
             }
             const Vec top = over_octet(u, kLargest);
             for (Vec& value : u) value = exp_of_negative(value - top);
-            const Vec scale = reciprocal(over_octet(u, kSum));
+            const Vec scale = 1.0f / over_octet(u, kSum);
             for (int i = 0; i < kOctetVectors; ++i) part.store(y + c + i * kLanes, u[i] * scale);
         });
     }
@@ -220,6 +220,17 @@ double sum_of_squares(const float* values, int64_t count) {
     return total;
 }
 
+PWM_FAST_INLINE Vec square_root(Vec value) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_sqrt_ps(0xffff, value);  // the unmasked form makes GCC 12 warn of its own header
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(value);
+#else
+    for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
+    return value;
+#endif
+}
+
 void adam(float* param, const float* grad, float* m, float* v, int64_t count, const pwm_fast::AdamConstants& k) {
     for_columns(count, [&](int64_t c, auto part) {
         const Vec g = part.load(grad + c) * k.scale;
@@ -228,8 +239,7 @@ void adam(float* param, const float* grad, float* m, float* v, int64_t count, co
         const Vec new_v = part.load(v + c) * k.beta2 + g * g * k.rest2;
         part.store(m + c, new_m);
         part.store(v + c, new_v);
-        const Vec root = square_root(smaller(splat(1e36f), larger(splat(1e-36f), new_v)));  // below, 1e-18 is next to nothing
-        part.store(param + c, part.load(param + c) - new_m * k.rate * reciprocal(root * k.correction2 + k.eps));
+        part.store(param + c, part.load(param + c) - new_m * k.rate / (square_root(new_v) * k.correction2 + k.eps));
     });
 }
 

@@ -161,29 +161,6 @@ PWM_FAST_INLINE Vec exp_of_negative(Vec x) { return exp_in_range(larger(splat(-8
 // exp(x) as Mish needs it: beyond 20, tanh(softplus(x)) is 1 in float32.
 PWM_FAST_INLINE Vec exp_for_mish(Vec x) { return exp_in_range(smaller(splat(20.0f), larger(splat(-87.0f), x))); }
 
-// 1 / x and sqrt(x) for 1e-37 < x < 1e37. On AVX-512 an estimate of 14 bits and a Newton step, within 2e-7: the one divider
-// of a core takes 16 cycles for a vector's quotients and 18 for its roots, which is most of what Adam and Mish took.
-PWM_FAST_INLINE Vec reciprocal(Vec x) {
-#if defined(__AVX512F__)
-    const Vec r = _mm512_maskz_rcp14_ps(0xffff, x);  // the unmasked form makes GCC 12 warn of its own header
-    return r + r * (1.0f - x * r);
-#else
-    return 1.0f / x;
-#endif
-}
-
-PWM_FAST_INLINE Vec square_root(Vec x) {
-#if defined(__AVX512F__)
-    const Vec r = _mm512_maskz_rsqrt14_ps(0xffff, x), root = x * r;
-    return root + root * (0.5f - root * (0.5f * r));
-#elif defined(__AVX2__)
-    return _mm256_sqrt_ps(x);
-#else
-    for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-    return x;
-#endif
-}
-
 struct MishSlope {
     Vec mish, slope;
 };
@@ -192,13 +169,13 @@ struct MishSlope {
 PWM_FAST_INLINE Vec mish(Vec x) {
     const Vec e = exp_for_mish(x);
     const Vec n = e * e + 2.0f * e;
-    return x * (n * reciprocal(n + 2.0f));
+    return x * (n * (1.0f / (n + 2.0f)));
 }
 
 PWM_FAST_INLINE MishSlope mish_slope(Vec x) {
     const Vec e = exp_for_mish(x);
     const Vec n = e * e + 2.0f * e;
-    const Vec r = reciprocal(n + 2.0f);
+    const Vec r = 1.0f / (n + 2.0f);
     const Vec gate = n * r;
     return {x * gate, gate + x * ((4.0f * r) * (r * (e * e + e)))};
 }

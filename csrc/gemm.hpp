@@ -48,8 +48,7 @@ struct GemmTable {
     // Floats that pack() or pack_bf16() writes.
     int64_t (*packed_floats)(int64_t k, int64_t n, bool bf16);
 
-    // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products. Null where products
-    // copy A in another order each time. Products must be of the same precision.
+    // A [m, k] in the order in which multiply() copies it otherwise: for factors of many products of one precision.
     void (*pack_rows)(const Matrix& a, int64_t m, int64_t k, bool tf32, float* out);
     int64_t (*packed_rows_floats)(int64_t m, int64_t k, bool tf32);
 

@@ -106,7 +106,7 @@ class PackedWeight:
     """A constant W [out, in] prepared for products; made by `pack`. With `bf16` its panels hold pairs of bfloat16."""
 
     def __init__(self, native: Any, weight: Tensor, bf16: bool = False):
-        self._native, self._panel, (self._outputs, self._inputs) = native, native.gemm_panel_row(), weight.shape
+        self._native, self._panel_row, (self._outputs, self._inputs) = native, native.gemm_panel_row(), weight.shape
         self.bf16, strides = bf16, (weight.stride(1), weight.stride(0))
         self._panels = _huge(weight, native.gemm_packed_floats(self._inputs, self._outputs, bf16))
         native.gemm_pack(weight.data_ptr(), *strides, self._inputs, self._outputs, bf16, self._panels.data_ptr())
@@ -127,7 +127,7 @@ class PackedWeight:
         self._native.gemm(
             _operand(x[None], 1),
             (self._panels.data_ptr(), 0, 0, 0, 1),
-            self._panel,
+            self._panel_row,
             (y.data_ptr(), y.stride(0), 0),
             _vector(None if bias is None else bias[None], 1, self._outputs),
             (0, 0),

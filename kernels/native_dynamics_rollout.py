@@ -142,4 +142,4 @@ class NativeDynamicsRollout:
             stride = outputs if len(layer.bias) > 1 else 0
             addresses = [v.data_ptr() for v in norm] or [0, 0]
             rows.append([w._panels.data_ptr(), t._panels.data_ptr(), layer.bias.data_ptr(), stride, *addresses, w.bf16])
-        return rows, layers[0].weight._panel
+        return rows, layers[0].weight._panel_row

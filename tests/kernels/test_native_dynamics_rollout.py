@@ -219,7 +219,7 @@ def test_weights_packed_for_another_instruction_set_are_refused() -> None:
     try:
         for name in backend.native.available_isas():
             backend.native.set_isa(name)
-            if backend.native.gemm_panel_row() != native.layers[0].weight._panel:
+            if backend.native.gemm_panel_row() != native.layers[0].weight._panel_row:
                 with pytest.raises(ValueError, match="pack them again after set_isa"):
                     native.run()
     finally:
