@@ -4,6 +4,10 @@
 // What layer-by-layer calls did again for every minibatch is done once per call: weights, moments and gradients stay in the
 // products' order (critic_panels.hpp), and so do the states, forwards and transposed, as long as epochs take the rows in
 // one order. Policies are shared out among the threads, or else critics, or else products. Sums are taken in one order.
+//
+// Parameters, gradients and moments are megabytes: a pass over them would wait for memory while nothing multiplies. So a
+// minibatch's Adam step waits for the next minibatch, whose forward products renew each panel of weights before they read
+// it and ask for the next one meanwhile; and gradients' squares are summed while these are in the cache.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +17,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,15 +46,58 @@ struct HiddenBuffers {
     Floats pre, y, mean, rstd, gradient;
 };
 
+// One critic's numbers, in the order of CriticPanels.
+struct CriticState {
+    float *parameters, *gradients, *m, *v;
+
+    void renew(const AdamConstants& constants, int64_t from, int64_t count) const {
+        elementwise_table().adam(parameters + from, gradients + from, m + from, v + from, count, constants);
+    }
+};
+
+// Adam's step of a hidden layer's weights, panel by panel as the forward product comes to them.
+class WeightRenewal final : public PanelWork {
+public:
+    WeightRenewal(const CriticState& state, int64_t weight, const AdamConstants& constants)
+        : state_(state), weight_(weight), constants_(constants) {
+        beside[0] = state.gradients + weight, beside[1] = state.m + weight, beside[2] = state.v + weight;
+    }
+
+    void before(int64_t from, int64_t floats) const override { state_.renew(constants_, weight_ + from, floats); }
+
+private:
+    const CriticState& state_;
+    const int64_t weight_;
+    const AdamConstants& constants_;
+};
+
+// Squares of a hidden layer's gradients, in panels of `width` columns and `inputs` rows.
+class GradientSquares final : public PanelWork {
+public:
+    GradientSquares(const float* gradients, int64_t inputs, int64_t width, std::vector<double>& sums)
+        : gradients_(gradients), inputs_(inputs), width_(width), sums_(sums) {}
+
+    void after(int64_t panel, int64_t row, int64_t rows) const override {
+        sums_[static_cast<size_t>(panel)] +=
+            elementwise_table().sum_of_squares(gradients_ + (panel * inputs_ + row) * width_, rows * width_);
+    }
+
+private:
+    const float* gradients_;
+    const int64_t inputs_, width_;
+    std::vector<double>& sums_;  // of each panel: threads have panels of their own
+};
+
 // What one critic's gradients need.
 struct Workspace {
     Floats value, error, panels, weight;
+    std::vector<double> squares;
     std::vector<std::unique_ptr<HiddenBuffers>> hidden;
 };
 
 // What one policy's training needs; kept from call to call.
 struct Memory {
-    Floats parameters, gradients, m, v, states, packed, packed_transpose, targets;
+    Floats numbers, states, packed, packed_transpose, targets;  // numbers: parameters, gradients, m and v
     std::vector<std::unique_ptr<Workspace>> workspaces;  // one for each thread that has a critic of its own
 };
 
@@ -113,10 +161,19 @@ private:
             : plan_(plan), panels_(panels), memory_(memory), table_(gemm_table()), plain_(plain_panels_table()),
               threads_(threads), tf32_(tf32) {}
 
-        // Overwrites one critic's gradients with those of the mean squared error over critics and rows; its sum of squares.
-        double differentiate(const States& states, const float* parameters, float* gradients) {
+        struct Squares {
+            double errors, gradients;
+        };
+
+        // Renews one critic's parameters where a step waits, and overwrites its gradients with those of the mean squared
+        // error over critics and rows; the sums of both squares.
+        Squares differentiate(const States& states, const CriticState& state, const std::optional<AdamConstants>& waiting) {
             const size_t depth = plan_.layers_.size() - 1;
             const int64_t rows = states.rows;
+            const float* const parameters = state.parameters;
+            if (waiting) {
+                for (size_t i = 0; i <= depth; ++i) state.renew(*waiting, panels_.vectors(i), panels_.vectors_floats(i));
+            }
             for (size_t i = 0; i < depth; ++i) {
                 const CriticLayer& l = plan_.layers_[i];
                 const CriticPanels::Places& p = panels_[i];
@@ -127,12 +184,18 @@ private:
                                 true, pre, l.outputs, parameters + p.bias, nullptr};
                 product.a_packed = i == 0;
                 product.plain_panels = true, product.tf32 = tf32_;  // as the states were packed
+                std::optional<WeightRenewal> renewal;
+                if (waiting) product.work = &renewal.emplace(state, p.weight, *waiting);
                 multiply_on_threads(product, threads_);
                 mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
                                        b.rstd.at_least(rows), rows, l.outputs, plan_.norm_eps_, threads_);
             }
-            const double squares = value_gradients(states, parameters, gradients);
-            for (size_t i = depth; i-- > 0;) hidden_gradients(i, states, parameters, gradients);
+            Squares squares{value_gradients(states, parameters, state.gradients), 0.0};
+            for (size_t i = depth; i-- > 0;) squares.gradients += hidden_gradients(i, states, parameters, state.gradients);
+            for (size_t i = 0; i <= depth; ++i) {
+                const float* const vectors = state.gradients + panels_.vectors(i);
+                squares.gradients += elementwise_table().sum_of_squares(vectors, panels_.vectors_floats(i));
+            }
             return squares;
         }
 
@@ -168,8 +231,9 @@ private:
             return squares;
         }
 
-        // From the gradient at a hidden layer's output: its parameters' gradients, and that at the output below.
-        void hidden_gradients(size_t i, const States& states, const float* parameters, float* gradients) {
+        // From the gradient at a hidden layer's output: its parameters' gradients, and that at the output below; the
+        // squares of the weights' gradients.
+        double hidden_gradients(size_t i, const States& states, const float* parameters, float* gradients) {
             const CriticLayer& l = plan_.layers_[i];
             const CriticPanels::Places& p = panels_[i];
             HiddenBuffers& b = *memory_.hidden[i];
@@ -187,8 +251,12 @@ private:
                 product.b.data = panels, product.packed = true;
             }
             product.c_panel = panels_.panel_floats(l), product.tf32 = tf32_;
+            memory_.squares.assign(static_cast<size_t>(panels_.panels(l.outputs)), 0.0);
+            const GradientSquares work(product.c, l.inputs, width, memory_.squares);
+            product.work = &work;
             multiply_on_threads(product, threads_);
-            if (i == 0) return;
+            const double squares = std::accumulate(memory_.squares.begin(), memory_.squares.end(), 0.0);
+            if (i == 0) return squares;
             float* const below = memory_.hidden[i - 1]->gradient.at_least(rows * l.inputs);
             Product down{rows, l.inputs, l.outputs, {d, l.outputs, 1}, {parameters + p.weight, 0, 0}, true, below, l.inputs,
                          nullptr, nullptr};
@@ -199,6 +267,7 @@ private:
                 down.b.data = weight;
             }
             multiply_on_threads(down, threads_);
+            return squares;
         }
 
         const CriticEpoch& plan_;
@@ -224,10 +293,12 @@ private:
 
         void train(const Arrays& a, int64_t policy) {
             const int64_t row = policy * plan_.critics_ * plan_.size_, count = plan_.critics_ * panels_.size();
-            float* const parameters = memory_.parameters.at_least(count);
-            float* const m = memory_.m.at_least(count);
-            float* const v = memory_.v.at_least(count);
-            float* const gradients = memory_.gradients.at_least(count);
+            // Arrays that Adam reads side by side do not begin at one place of a page: 2% of an update on Zen 3.
+            const int64_t apart = (count + 1023) / 1024 * 1024 + 17 * 16;
+            float* const parameters = memory_.numbers.at_least(4 * apart);
+            float* const gradients = parameters + apart;
+            float* const m = gradients + apart;
+            float* const v = m + apart;
             for (int64_t k = 0; k < plan_.critics_; ++k) {
                 const int64_t from = row + k * plan_.size_, to = k * panels_.size();
                 panels_.load(a.flat + from, parameters + to);
@@ -235,6 +306,12 @@ private:
                 panels_.load(a.v + from, v + to);
             }
             std::fill_n(gradients, count, 0.0f);  // padding, which another instruction set may have used
+            std::vector<CriticState> critics;
+            for (int64_t k = 0; k < plan_.critics_; ++k) {
+                const int64_t at = k * panels_.size();
+                critics.push_back({parameters + at, gradients + at, m + at, v + at});
+            }
+            std::optional<AdamConstants> waiting;
             std::vector<States> minibatches;
             double total = 0.0;
             for (int64_t epoch = 0; epoch < plan_.epochs_; ++epoch) {
@@ -243,14 +320,17 @@ private:
                     minibatches = gather(a.x + policy * a.x_policy, a.x_row, a.targets + policy * plan_.rows_, order);
                 }
                 for (const States& states : minibatches) {
-                    const double squares = differentiate_all(states, parameters, gradients);
-                    total += squares / static_cast<double>(plan_.critics_ * states.rows);
-                    clip_adam(address(parameters), address(gradients), address(m), address(v), address(a.lr + policy),
-                              reinterpret_cast<Address>(a.steps + policy), reinterpret_cast<Address>(a.active + policy),
-                              address(a.norm + policy), 1, count, plan_.max_norm_, plan_.beta1_, plan_.beta2_, plan_.eps_,
-                              threads_);
-                    a.active[policy] = a.active[policy] && std::isfinite(a.norm[policy]);
+                    const auto squares = differentiate_all(states, critics, waiting);
+                    total += squares.errors / static_cast<double>(plan_.critics_ * states.rows);
+                    waiting = start_adam(squares.gradients, plan_.max_norm_, plan_.beta1_, plan_.beta2_, plan_.eps_,
+                                         a.lr[policy], a.active[policy], a.steps[policy], a.norm[policy]);
+                    a.active[policy] = waiting.has_value();
                 }
+            }
+            if (waiting) {
+                WorkerPool::instance().run(plan_.critics_, threads_, [&](int64_t k, int) {
+                    critics[static_cast<size_t>(k)].renew(*waiting, 0, panels_.size());
+                });
             }
             a.loss[policy] = static_cast<float>(total / static_cast<double>(plan_.epochs_ * plan_.minibatches_));
             for (int64_t k = 0; k < plan_.critics_; ++k) {
@@ -262,8 +342,6 @@ private:
         }
 
     private:
-        static Address address(const float* data) { return reinterpret_cast<Address>(data); }
-
         // The rows of every minibatch, as torch.tensor_split has them: the first ones take what is left over.
         std::vector<States> gather(const float* x, int64_t x_row, const float* targets, const int64_t* order) {
             const int64_t width = plan_.layers_[0].inputs, rows = plan_.rows_, parts = plan_.minibatches_;
@@ -292,19 +370,21 @@ private:
             return minibatches;
         }
 
-        // Overwrites all critics' gradients; their sum of squared errors. Threads take a critic each as long as there are
-        // enough, and share the products of those that are left.
-        double differentiate_all(const States& states, const float* parameters, float* gradients) {
-            std::vector<double> squares(static_cast<size_t>(plan_.critics_));
+        // CriticGradient::differentiate() of all critics, its sums over them. Threads take a critic each as long as there
+        // are enough, and share the products of those that are left.
+        CriticGradient::Squares differentiate_all(const States& states, const std::vector<CriticState>& critics,
+                                                  const std::optional<AdamConstants>& waiting) {
+            std::vector<CriticGradient::Squares> squares(critics.size());
             const auto differentiate = [&](int64_t k, int64_t slot, int threads) {
                 CriticGradient one(plan_, panels_, *memory_.workspaces[static_cast<size_t>(slot)], threads, tf32_);
-                squares[static_cast<size_t>(k)] =
-                    one.differentiate(states, parameters + k * panels_.size(), gradients + k * panels_.size());
+                squares[static_cast<size_t>(k)] = one.differentiate(states, critics[static_cast<size_t>(k)], waiting);
             };
             const int64_t apart = threads_ < plan_.critics_ ? plan_.critics_ - plan_.critics_ % threads_ : plan_.critics_;
             WorkerPool::instance().run(apart, threads_, [&](int64_t k, int slot) { differentiate(k, slot, 1); });
             for (int64_t k = apart; k < plan_.critics_; ++k) differentiate(k, 0, threads_);
-            return std::accumulate(squares.begin(), squares.end(), 0.0);
+            CriticGradient::Squares total{0.0, 0.0};
+            for (const auto& one : squares) total.errors += one.errors, total.gradients += one.gradients;
+            return total;
         }
 
         const CriticEpoch& plan_;

@@ -42,6 +42,14 @@ public:
     int64_t panels(int64_t columns) const { return (columns + table_.panel - 1) / table_.panel; }
     int64_t panel_floats(const CriticLayer& l) const { return l.inputs * table_.panel; }
 
+    // Place and length of what a layer has beside panels, in one piece: vectors, and the last layer's weight.
+    int64_t vectors(size_t layer) const {
+        return layer + 1 < layers_.size() ? places_[layer].bias : places_[layer].weight;
+    }
+    int64_t vectors_floats(size_t layer) const {
+        return (layer + 1 < layers_.size() ? places_[layer + 1].weight : size_) - vectors(layer);
+    }
+
     void load(const float* row, float* out) const {
         for (size_t i = 0; i < layers_.size(); ++i) {
             const CriticLayer& l = layers_[i];

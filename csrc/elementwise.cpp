@@ -19,20 +19,23 @@
 namespace py = pybind11;
 
 namespace pwm_fast {
-namespace {
 
-Address address(const float* data) { return reinterpret_cast<Address>(data); }
-
-const float* in(Address address) { return reinterpret_cast<const float*>(address); }
-float* out(Address address) { return reinterpret_cast<float*>(address); }
-
-const ElementwiseTable& table() {
+const ElementwiseTable& elementwise_table() {
 #ifdef PWM_FAST_X86
     if (selected_isa() >= Isa::avx512) return elementwise_avx512();
     if (selected_isa() == Isa::avx2) return elementwise_avx2();
 #endif
     return elementwise_portable();
 }
+
+namespace {
+
+const ElementwiseTable& table() { return elementwise_table(); }
+
+Address address(const float* data) { return reinterpret_cast<Address>(data); }
+
+const float* in(Address address) { return reinterpret_cast<const float*>(address); }
+float* out(Address address) { return reinterpret_cast<float*>(address); }
 
 constexpr int64_t kWorkPerThread = 1 << 15;  // elements, some 20 us: less is done sooner than a thread wakes up
 
@@ -215,6 +218,22 @@ void column_sums(const float* values, float* sums, int64_t rows, int64_t columns
     for (int64_t row = 0; row < rows; ++row) table().add(sums, values + row * columns, columns);
 }
 
+std::optional<AdamConstants> start_adam(double squares, double max_norm, double beta1, double beta2, double eps, float lr,
+                                        bool active, int64_t& step, float& norm) {
+    const double length = std::sqrt(squares);
+    norm = static_cast<float>(length);
+    if (!active || !std::isfinite(norm)) return std::nullopt;
+    const double t = static_cast<double>(++step);
+    return AdamConstants{static_cast<float>(std::min(1.0, max_norm / (length + 1e-6))),
+                         static_cast<float>(beta1),
+                         static_cast<float>(beta2),
+                         static_cast<float>(1.0 - beta1),
+                         static_cast<float>(1.0 - beta2),
+                         static_cast<float>(lr / (1.0 - std::pow(beta1, t))),
+                         static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
+                         static_cast<float>(eps)};
+}
+
 // Norms first, then one pass that scales, averages and updates.
 void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
                int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
@@ -230,30 +249,18 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
             kernels.sum_of_squares(in(grad) + policy * count + chunk * kElementsPerChunk, size_of(chunk));
     });
 
-    std::vector<AdamConstants> constants(static_cast<size_t>(policies));
-    std::vector<char> update(static_cast<size_t>(policies));
+    std::vector<std::optional<AdamConstants>> constants;
     for (int64_t policy = 0; policy < policies; ++policy) {
         double total = 0.0;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) total += squares[policy * chunks + chunk];
-        const double length = std::sqrt(total);
-        out(norm)[policy] = static_cast<float>(length);
-        update[policy] = reinterpret_cast<const bool*>(active)[policy] && std::isfinite(out(norm)[policy]);
-        if (!update[policy]) continue;
-        const double t = static_cast<double>(++reinterpret_cast<int64_t*>(step)[policy]);
-        constants[policy] = {static_cast<float>(std::min(1.0, max_norm / (length + 1e-6))),
-                             static_cast<float>(beta1),
-                             static_cast<float>(beta2),
-                             static_cast<float>(1.0 - beta1),
-                             static_cast<float>(1.0 - beta2),
-                             static_cast<float>(in(lr)[policy] / (1.0 - std::pow(beta1, t))),
-                             static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
-                             static_cast<float>(eps)};
+        constants.push_back(start_adam(total, max_norm, beta1, beta2, eps, in(lr)[policy], at<const bool>(active)[policy],
+                                       at<int64_t>(step)[policy], out(norm)[policy]));
     }
     pool.run(policies * chunks, used, [&](int64_t task, int) {
         const int64_t policy = task / chunks, chunk = task % chunks;
-        if (!update[policy]) return;
+        if (!constants[policy]) return;
         const int64_t at = policy * count + chunk * kElementsPerChunk;
-        kernels.adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), constants[policy]);
+        kernels.adam(out(param) + at, in(grad) + at, out(m) + at, out(v) + at, size_of(chunk), *constants[policy]);
     });
 }
 

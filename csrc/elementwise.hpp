@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "elementwise_table.hpp"
 
@@ -31,6 +32,14 @@ void mish_layernorm_backward(const float* dy, const float* x, const float* mean,
 
 // sums[c] = values [rows, columns] summed over rows, in their order.
 void column_sums(const float* values, float* sums, int64_t rows, int64_t columns);
+
+// The kernels of the selected instruction set.
+const ElementwiseTable& elementwise_table();
+
+// Starts a policy's clipped Adam step (kernels/clip_adam.py) from its gradient's sum of squares: writes the norm before
+// clipping, counts the step and returns its constants; none where the policy is not active or the norm is not finite.
+std::optional<AdamConstants> start_adam(double squares, double max_norm, double beta1, double beta2, double eps, float lr,
+                                        bool active, int64_t& step, float& norm);
 
 // One clipped Adam step per policy on rows of `count` parameters (kernels/clip_adam.py): lr float32, step int64 and active
 // bool [policies]; `norm` [policies] receives the gradients' norms before clipping.

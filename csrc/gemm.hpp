@@ -12,6 +12,22 @@ struct Matrix {
     int64_t row, column;
 };
 
+// What a product does beside multiplying, panel by panel while these are in the caches, on the thread that multiplies.
+class PanelWork {
+public:
+    virtual ~PanelWork() = default;
+
+    // Floats [from, from + floats) of packed B are about to be read for the first time, and may be changed.
+    virtual void before(int64_t from, int64_t floats) const { static_cast<void>(from), static_cast<void>(floats); }
+
+    // Rows [row, row + rows) of C's panel are written; C lies in panels.
+    virtual void after(int64_t panel, int64_t row, int64_t rows) const {
+        static_cast<void>(panel), static_cast<void>(row), static_cast<void>(rows);
+    }
+
+    const float* beside[3] = {};  // arrays like B's that before() reads: asked for ahead, as B is
+};
+
 // C [m, n] = A [m, k] B [k, n] + bias [n], C row-major with rows `ldc` apart. `bias` may be null.
 struct Product {
     int64_t m, n, k;
@@ -27,6 +43,7 @@ struct Product {
     bool tf32 = false;      // 16 bits of each factor's mantissa are enough: AMX saves half of the work (TF32 has 11)
     bool plain_panels = false;  // B, packed, is what plain_panels_table()'s pack() wrote
     bool turned = false;        // the same of B^T, which only AMX reads
+    const PanelWork* work = nullptr;
 };
 
 constexpr int kChains = 12;  // enough to hide the latency of two multiply-adds a cycle

@@ -124,6 +124,9 @@ void multiply(const Product& p, int64_t first, int64_t last) {
         float* const strip = ready ? nullptr : for_b.floats(strips);
         for (int64_t panel = first; panel < last; ++panel) {
             const int64_t column = panel * kBlock, width = std::min(p.n - column, kBlock);
+            if (p.work && p.plain_panels && !p.turned && row == 0) {
+                p.work->before((panel * p.k + k) * kBlock, depth * kBlock);
+            }
             if (!ready) panel_of(p, panel, k, depth).pack(splits, strip);
             const float* const b =
                 ready ? p.b.data + panel * strips_floats(p.k, b_splits) + strips_floats(k, b_splits) : strip;
@@ -139,6 +142,7 @@ void multiply(const Product& p, int64_t first, int64_t last) {
                 run(a + i / kBlock * strips, b, b_step, steps, std::min(rows - i, kBlock), width, c + i * p.ldc, p.ldc,
                     p.bias ? p.bias + column : nullptr, k > 0, fetch);
             }
+            if (p.work && k + depth >= p.k) p.work->after(panel, row, rows);
         }
     });
 }

@@ -58,7 +58,7 @@ private:
 
 // A value network's output: one column of factors that lie together and that nobody copied.
 PWM_FAST_INLINE bool is_column(const Product& p) {
-    return p.n == 1 && !p.packed && !p.a_packed && !p.row_sums && p.a.column == 1 && p.b.row == 1;
+    return p.n == 1 && !p.packed && !p.a_packed && !p.row_sums && !p.work && p.a.column == 1 && p.b.row == 1;
 }
 
 // A scalar product per row reads A once and copies nothing.

@@ -229,6 +229,7 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
         const float* b = p.b.data + (panel * rows_of_b(p.k) + rows_of_b(k)) * kPanel;
         const float* const next = p.packed ? b + kPanel * rows_of_b(p.k) : part_of(p.b, k, column + kPanel).data;
         int64_t b_row = kPanel;
+        if (p.work && p.packed && begin == 0) p.work->before(b - p.b.data, depth * kPanel);
         if (p.bf16) {
             float* const wide = for_b.floats(2 * kPanel * pairs_of(depth));
             widen_pairs<kPanel>(b, pairs_of(depth), wide);
@@ -243,10 +244,17 @@ void multiply_block(const Product& p, int64_t first, int64_t last, int64_t begin
         }
         const Tile* const run = width > kLanes ? kTiles<2> : kTiles<1>;
         for (int64_t t = 0; t < tiles.count; ++t) {
-            if (panel + 1 < last) fetch(next, step, t * share, least((t + 1) * share, lines));
+            const int64_t from = t * share, to = least(from + share, lines);
+            if (panel + 1 < last) fetch(next, step, from, to);
+            if (panel + 1 < last && p.work && begin == 0) {
+                for (const float* beside : p.work->beside) {
+                    if (beside) fetch(beside + (next - p.b.data), step, from, to);
+                }
+            }
             run[tiles.height(t) - 1](a + t * kTileRows * depth, b, b_row, c + (begin + tiles.edge(t)) * p.ldc, p.ldc, depth,
                                      static_cast<int>(width), p.bias ? p.bias + column : nullptr, k > 0);
         }
+        if (p.work && k + depth == p.k) p.work->after(panel, begin, height);
     }
 }
 

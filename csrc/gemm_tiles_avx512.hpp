@@ -215,6 +215,7 @@ struct BlockProduct {
             float* const c = p.c + (p.c_panel ? panel * p.c_panel : column);
             const float* b = packed(panel, k);
             int64_t b_row = kPanel;
+            if (p.work && p.packed && block.begin == 0) p.work->before(b - p.b.data, depth * kPanel);
             if (p.bf16 && kStep == 1) {
                 float* const wide = for_b.floats(2 * kPanel * pairs_of(depth));
                 widen_pairs<kPanel>(b, pairs_of(depth), wide);
@@ -237,6 +238,7 @@ struct BlockProduct {
                 run[tiles.height(t) - 1](a + t * kTileStride * steps, b, b_row, rows, p.ldc, steps, mask,
                                          p.bias ? p.bias + column : nullptr, k > 0, next);
             }
+            if (p.work && k + depth == p.k) p.work->after(panel, block.begin, block.height);
         }
     }
 };
