@@ -371,7 +371,7 @@ private:
         }
 
         // CriticGradient::differentiate() of all critics, its sums over them. Threads take a critic each as long as there
-        // are enough, and share the products of those that are left.
+        // are enough, and share the products of those that are left, or of all where there are twice as many threads.
         CriticGradient::Squares differentiate_all(const States& states, const std::vector<CriticState>& critics,
                                                   const std::optional<AdamConstants>& waiting) {
             std::vector<CriticGradient::Squares> squares(critics.size());
@@ -379,7 +379,8 @@ private:
                 CriticGradient one(plan_, panels_, *memory_.workspaces[static_cast<size_t>(slot)], threads, tf32_);
                 squares[static_cast<size_t>(k)] = one.differentiate(states, critics[static_cast<size_t>(k)], waiting);
             };
-            const int64_t apart = threads_ < plan_.critics_ ? plan_.critics_ - plan_.critics_ % threads_ : plan_.critics_;
+            const int64_t left = threads_ < plan_.critics_ ? plan_.critics_ % threads_ : 0;
+            const int64_t apart = threads_ < 2 * plan_.critics_ ? plan_.critics_ - left : 0;
             WorkerPool::instance().run(apart, threads_, [&](int64_t k, int slot) { differentiate(k, slot, 1); });
             for (int64_t k = apart; k < plan_.critics_; ++k) differentiate(k, 0, threads_);
             CriticGradient::Squares total{0.0, 0.0};
