@@ -234,7 +234,11 @@ std::optional<AdamConstants> start_adam(double squares, double max_norm, double 
                          static_cast<float>(eps)};
 }
 
-// Norms first, then one pass that scales, averages and updates.
+namespace {
+
+// One clipped Adam step per policy on rows of `count` parameters (kernels/clip_adam.py): lr float32, step int64 and active
+// bool [policies]; `norm` [policies] receives the gradients' norms before clipping. Norms first, then one pass that scales,
+// averages and updates.
 void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
                int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads) {
     const int64_t chunks = (count + kElementsPerChunk - 1) / kElementsPerChunk;
@@ -264,6 +268,7 @@ void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Ad
     });
 }
 
+}  // namespace
 }  // namespace pwm_fast
 
 void register_elementwise(py::module_& module) {

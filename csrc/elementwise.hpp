@@ -41,9 +41,4 @@ const ElementwiseTable& elementwise_table();
 std::optional<AdamConstants> start_adam(double squares, double max_norm, double beta1, double beta2, double eps, float lr,
                                         bool active, int64_t& step, float& norm);
 
-// One clipped Adam step per policy on rows of `count` parameters (kernels/clip_adam.py): lr float32, step int64 and active
-// bool [policies]; `norm` [policies] receives the gradients' norms before clipping.
-void clip_adam(Address param, Address grad, Address m, Address v, Address lr, Address step, Address active, Address norm,
-               int64_t policies, int64_t count, double max_norm, double beta1, double beta2, double eps, int threads);
-
 }  // namespace pwm_fast

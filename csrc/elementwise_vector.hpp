@@ -148,10 +148,9 @@ PWM_FAST_INLINE Vec exp_in_range(Vec x) {
 #else
     const Vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
 #endif
-    Vec q = r * 0.00831252057f + 0.0418901555f;
-    q = q * r + 0.166671142f;
-    q = q * r + 0.499992311f;
-    const Vec p = (q * r) * r + (r + 1.0f);
+    const Vec square = r * r;  // two short chains instead of a long one
+    const Vec q = (r * 0.00831252057f + 0.0418901555f) * square + (r * 0.166671142f + 0.499992311f);
+    const Vec p = q * square + (r + 1.0f);
     return reinterpret_cast<Vec>(reinterpret_cast<BitVec>(p) + (reinterpret_cast<BitVec>(shifted) << 23));
 }
 
@@ -169,7 +168,7 @@ struct MishSlope {
 PWM_FAST_INLINE Vec mish(Vec x) {
     const Vec e = exp_for_mish(x);
     const Vec n = e * e + 2.0f * e;
-    return x * (n * (1.0f / (n + 2.0f)));
+    return x * (n / (n + 2.0f));
 }
 
 PWM_FAST_INLINE MishSlope mish_slope(Vec x) {
