@@ -6,8 +6,8 @@
 // one order. Policies are shared out among the threads, or else critics, or else products. Sums are taken in one order.
 //
 // Parameters, gradients and moments are megabytes: a pass over them would wait for memory while nothing multiplies. So a
-// minibatch's Adam step waits for the next minibatch, whose forward products renew each panel of weights before they read
-// it and ask for the next one meanwhile; and gradients' squares are summed while these are in the cache.
+// minibatch's Adam step waits for the next minibatch, whose forward products take it for each panel of weights before they
+// read that, and ask for the next one meanwhile; and gradients' squares are summed while these are in the cache.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,20 +50,20 @@ struct HiddenBuffers {
 struct CriticState {
     float *parameters, *gradients, *m, *v;
 
-    void renew(const AdamConstants& constants, int64_t from, int64_t count) const {
+    void adam_step(const AdamConstants& constants, int64_t from, int64_t count) const {
         elementwise_table().adam(parameters + from, gradients + from, m + from, v + from, count, constants);
     }
 };
 
 // Adam's step of a hidden layer's weights, panel by panel as the forward product comes to them.
-class WeightRenewal final : public PanelWork {
+class AdamOnPanels final : public PanelWork {
 public:
-    WeightRenewal(const CriticState& state, int64_t weight, const AdamConstants& constants)
+    AdamOnPanels(const CriticState& state, int64_t weight, const AdamConstants& constants)
         : state_(state), weight_(weight), constants_(constants) {
         beside[0] = state.gradients + weight, beside[1] = state.m + weight, beside[2] = state.v + weight;
     }
 
-    void before(int64_t from, int64_t floats) const override { state_.renew(constants_, weight_ + from, floats); }
+    void before(int64_t from, int64_t floats) const override { state_.adam_step(constants_, weight_ + from, floats); }
 
 private:
     const CriticState& state_;
@@ -165,14 +165,14 @@ private:
             double errors, gradients;
         };
 
-        // Renews one critic's parameters where a step waits, and overwrites its gradients with those of the mean squared
+        // Takes one critic's Adam step where one waits, and overwrites its gradients with those of the mean squared
         // error over critics and rows; the sums of both squares.
         Squares differentiate(const States& states, const CriticState& state, const std::optional<AdamConstants>& waiting) {
             const size_t depth = plan_.layers_.size() - 1;
             const int64_t rows = states.rows;
             const float* const parameters = state.parameters;
             if (waiting) {
-                for (size_t i = 0; i <= depth; ++i) state.renew(*waiting, panels_.vectors(i), panels_.vectors_floats(i));
+                for (size_t i = 0; i <= depth; ++i) state.adam_step(*waiting, panels_.vectors(i), panels_.vectors_floats(i));
             }
             for (size_t i = 0; i < depth; ++i) {
                 const CriticLayer& l = plan_.layers_[i];
@@ -184,8 +184,8 @@ private:
                                 true, pre, l.outputs, parameters + p.bias, nullptr};
                 product.a_packed = i == 0;
                 product.plain_panels = true, product.tf32 = tf32_;  // as the states were packed
-                std::optional<WeightRenewal> renewal;
-                if (waiting) product.work = &renewal.emplace(state, p.weight, *waiting);
+                std::optional<AdamOnPanels> adam;
+                if (waiting) product.work = &adam.emplace(state, p.weight, *waiting);
                 multiply_on_threads(product, threads_);
                 mish_layernorm_forward(pre, parameters + p.gain, parameters + p.shift, y, b.mean.at_least(rows),
                                        b.rstd.at_least(rows), rows, l.outputs, plan_.norm_eps_, threads_);
@@ -329,7 +329,7 @@ private:
             }
             if (waiting) {
                 WorkerPool::instance().run(plan_.critics_, threads_, [&](int64_t k, int) {
-                    critics[static_cast<size_t>(k)].renew(*waiting, 0, panels_.size());
+                    critics[static_cast<size_t>(k)].adam_step(*waiting, 0, panels_.size());
                 });
             }
             a.loss[policy] = static_cast<float>(total / static_cast<double>(plan_.epochs_ * plan_.minibatches_));

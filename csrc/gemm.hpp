@@ -17,13 +17,12 @@ class PanelWork {
 public:
     virtual ~PanelWork() = default;
 
-    // Floats [from, from + floats) of packed B are about to be read for the first time, and may be changed.
-    virtual void before(int64_t from, int64_t floats) const { static_cast<void>(from), static_cast<void>(floats); }
+    // Floats [from, from + floats) of packed B (AMX: of `plain_panels`) are about to be read for the first time, and may be
+    // changed.
+    virtual void before(int64_t /*from*/, int64_t /*floats*/) const {}
 
     // Rows [row, row + rows) of C's panel are written; C lies in panels.
-    virtual void after(int64_t panel, int64_t row, int64_t rows) const {
-        static_cast<void>(panel), static_cast<void>(row), static_cast<void>(rows);
-    }
+    virtual void after(int64_t /*panel*/, int64_t /*row*/, int64_t /*rows*/) const {}
 
     const float* beside[3] = {};  // arrays like B's that before() reads: asked for ahead, as B is
 };
