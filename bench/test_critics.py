@@ -15,8 +15,9 @@ would leave a tenth of the products' time for all else. Asking for A's tiles ahe
 With AMX (Intel) 67 to 69%, 75 to 78%, 79 to 80%, with AVX-512 there 50 to 58%, both measured before Adam's step waited
 for the next minibatch: of the time with AMX at 5M, the tiles' products took 57%, making tiles 13%, LayerNorm with Mish
 12%, Adam 10% and the norm 3%, both at the speed of the third-level cache: parameters, gradients and moments of three
-critics are 14 MB. What the waiting gave with AVX2 at 5M: 2.5% of an update on a quiet machine, 11% beside other work.
-Quotients and roots without the divider changed nothing (AMX), or took 1.4 times as long (AVX2).
+critics are 14 MB. What the waiting, the arrays' places and a shorter Mish gave with AVX2 together: 4% of an update at
+each size (the fastest of four runs, in turn with the version before; at 5M their medians were alike). Quotients and
+roots without the divider changed nothing (AMX), or took 1.4 times as long (AVX2).
 """
 
 from __future__ import annotations

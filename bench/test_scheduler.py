@@ -214,9 +214,10 @@ def test_cached(
     a batch, which has lost the caches to the batch before, some 30. Of one policy, Python and the locks take 2 of 6
     us.
 
-    On 2 Zen 3 cores with AVX2: windows 2.0 to 2.2 times torch with rows given, 1.9 to 2.3 with drawing, and 0.33 to
-    0.36 of a copy, 0.39 to 0.53 of one into a ring; start states of one policy 2.0 and 5.7 to 5.9 times, of 80 policies
-    2.5 to 2.6 and 3.4 to 4.1 times, 0.22 of a copy. Idle and before draws were made many at once, windows 2.0 to 3.0
+    On 2 Zen 3 cores with AVX2: windows 1.8 to 2.2 times torch with rows given, 1.8 to 2.3 with drawing, and 0.33 to
+    0.36 of a copy, 0.39 to 0.53 of one into a ring, which takes about a fifth of torch's time or more; start states of
+    one policy 2.0 to 2.3 and 5.7 to 6.6 times, of 80 policies 2.5 to 3.3 and 3.4 to 4.5 times, 0.22 to 0.25 of a copy,
+    where no bound is shown. Idle and before draws were made many at once, windows 2.0 to 3.0
     times torch, start states of one policy 1.0 to 1.4 (torch's rows still fit the cache). The same
     gather of windows called in a loop, without workers, reached 0.44 to 0.55: observations take a half of its time,
     actions a quarter, rewards and ends a tenth, draws 3%. One that only reads, window after window, reached 0.6.
